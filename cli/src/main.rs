@@ -1,0 +1,2 @@
+//! The program modelbroker.
+fn main() {}

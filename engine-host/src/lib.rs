@@ -1,0 +1,1 @@
+//! The engine process: drains lanes, schedules jobs, computes them with the engine crate, answers into the lanes.

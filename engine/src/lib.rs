@@ -1,0 +1,1 @@
+//! Computes: compiles model folders into images and runs encoder models over their pages. Knows no socket.

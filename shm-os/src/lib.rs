@@ -1,0 +1,1 @@
+//! The operating system's side of sharing: memory objects, mappings, seals, doorbells, descriptor passing, credentials.

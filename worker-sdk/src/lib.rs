@@ -1,0 +1,1 @@
+//! What a worker links: sessions, leases, embedding calls, attach. Thin unless the feature local is on.
