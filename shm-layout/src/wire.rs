@@ -1,0 +1,12 @@
+//! Frames on the control socket and on the links between the broker and its children: the head of a frame, the one
+//! codec for bodies, and the messages. No sockets: whoever moves the bytes lives in `shm-os` and above.
+//!
+//! A frame is a head of [`HEAD_BYTES`] bytes and a body. Descriptors that belong to a frame travel with its first byte.
+
+mod codec;
+mod head;
+mod messages;
+
+pub use codec::{CodecError, FrameBuffer, decode_body, encode_frame};
+pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
+pub use messages::*;
