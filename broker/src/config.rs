@@ -1,0 +1,194 @@
+//! What a broker is told at its start, and every bound it holds to. No I/O: folders and sockets are touched in
+//! `run_folder` and `server`.
+
+use shm_layout::wire::BackingKind;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How a broker is set up. Plain data; [`BrokerConfig::new`] fills in the defaults.
+pub struct BrokerConfig {
+    /// Where clients connect. Its folder must exist or be creatable, be this user's, and have mode 0700.
+    pub socket_path: PathBuf,
+    /// Locked for the broker's life; holds its process id. The lock, not the file, says whether a broker runs.
+    pub lock_path: PathBuf,
+    /// Model given to clients that name none.
+    pub default_model: String,
+    /// What loaded images lie in.
+    pub backing: BackingKind,
+    /// Where loaders keep compiled images. The broker itself never looks into it.
+    pub cache_dir: PathBuf,
+    /// Program and leading arguments of an engine; `--link-fd 3` is appended.
+    pub engine_command: Vec<OsString>,
+    /// Program and leading arguments of a loader; `--link-fd 3 --model NAME --backing KIND --cache-dir DIR` is appended.
+    pub loader_command: Vec<OsString>,
+    /// Bounds.
+    pub limits: Limits,
+    /// Leave when no session existed for so long; `None` = stay.
+    pub idle_exit: Option<Duration>,
+    /// Let processes of other users in: the socket gets mode 0666 and its folder may be readable by others.
+    pub allow_other_users: bool,
+    /// Called once, when the socket accepts connections.
+    pub on_ready: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl BrokerConfig {
+    /// A configuration with default limits, a sealed memfd as backing, no idle exit, and only this user let in. The
+    /// lock file lies beside the socket, with `.lock` appended to its name.
+    #[must_use]
+    pub fn new(
+        socket_path: PathBuf,
+        cache_dir: PathBuf,
+        default_model: String,
+        engine_command: Vec<OsString>,
+        loader_command: Vec<OsString>,
+    ) -> BrokerConfig {
+        let mut lock_path = socket_path.clone().into_os_string();
+        lock_path.push(".lock");
+        BrokerConfig {
+            socket_path,
+            lock_path: PathBuf::from(lock_path),
+            default_model,
+            backing: BackingKind::SealedMemfd,
+            cache_dir,
+            engine_command,
+            loader_command,
+            limits: Limits::default(),
+            idle_exit: None,
+            allow_other_users: false,
+            on_ready: None,
+        }
+    }
+}
+
+impl std::fmt::Debug for BrokerConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BrokerConfig")
+            .field("socket_path", &self.socket_path)
+            .field("lock_path", &self.lock_path)
+            .field("default_model", &self.default_model)
+            .field("backing", &self.backing)
+            .field("cache_dir", &self.cache_dir)
+            .field("engine_command", &self.engine_command)
+            .field("loader_command", &self.loader_command)
+            .field("limits", &self.limits)
+            .field("idle_exit", &self.idle_exit)
+            .field("allow_other_users", &self.allow_other_users)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Every bound of the broker, with the code that a client sees at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Sessions at once. Beyond: `TOO_MANY`, connection closed.
+    pub max_sessions: usize,
+    /// Leases of one session, waiting requests counted. Beyond: `TOO_MANY`.
+    pub max_leases_per_session: usize,
+    /// Lanes in all, those an engine has not let go of counted. Beyond: `TOO_MANY`.
+    pub max_lanes: usize,
+    /// Lanes of one session. Beyond: `TOO_MANY`.
+    pub max_lanes_per_session: usize,
+    /// Jobs of one session in flight on the socket. Beyond: `OVERLOADED`.
+    pub max_session_jobs: usize,
+    /// Payload bytes of one session in flight on the socket. Beyond: `OVERLOADED`.
+    pub max_session_job_bytes: usize,
+    /// Jobs of all sessions in flight on the socket. Beyond: `OVERLOADED`.
+    pub max_jobs: usize,
+    /// Payload bytes of all sessions in flight on the socket. Beyond: `OVERLOADED`.
+    pub max_job_bytes: usize,
+    /// Bytes queued for a client that does not read them. Beyond, nothing more is read from it, and it is dropped when
+    /// it takes nothing for [`Limits::outgoing_stall`].
+    pub outgoing_queue_bytes: usize,
+    /// How long a client over [`Limits::outgoing_queue_bytes`] may take nothing. Beyond: dropped.
+    pub outgoing_stall: Duration,
+    /// How long a begun frame may stay incomplete. Beyond: `BAD_FRAME`, connection closed.
+    pub half_frame_timeout: Duration,
+    /// How long a connection may stay without `Hello`. Beyond: `BAD_STATE`, connection closed.
+    pub hello_timeout: Duration,
+    /// How long a refused connection may take to read why.
+    pub close_linger: Duration,
+    /// Frames of one client that are handled before the next client's turn.
+    pub frames_per_turn: usize,
+    /// Models known at once, loaded or failed. Beyond: `TOO_MANY`.
+    pub max_models: usize,
+    /// Names (ids, aliases, folders) known at once. Beyond: `TOO_MANY`.
+    pub max_model_names: usize,
+    /// Loaders at work at once; further loads wait in line.
+    pub max_loads_at_once: usize,
+    /// How long one load may take, downloads counted. Beyond: the loader is killed, `MODEL_LOAD_ERROR`.
+    pub load_timeout: Duration,
+    /// Address space of a loader, in bytes. Beyond: its allocations fail, `MODEL_LOAD_ERROR`.
+    pub loader_address_space_bytes: u64,
+    /// Processor time of a loader, in seconds. Beyond: killed by SIGXCPU, `MODEL_LOAD_ERROR`.
+    pub loader_cpu_seconds: u64,
+    /// Wait before a model is tried again after its second failure in a row; doubles with each further one. The first
+    /// failure costs no wait.
+    pub load_retry_base: Duration,
+    /// Longest wait before a failed model is tried again.
+    pub load_retry_cap: Duration,
+    /// Shortest time between two progress frames of one stage of a load.
+    pub progress_interval: Duration,
+    /// Deaths of an engine in a row, without any work done in between, after which restarts are delayed. More than
+    /// [`shm_layout::limits::MAX_JOB_ATTEMPTS`], so that a job that kills engines is found without any delay.
+    pub engine_free_restarts: u32,
+    /// First delay of an engine's restart; doubles with each further death.
+    pub engine_backoff_base: Duration,
+    /// Longest delay of an engine's restart.
+    pub engine_backoff_cap: Duration,
+    /// An engine that was up for so long counts as one that worked (jobs in lanes are not seen by the broker).
+    pub engine_healthy_after: Duration,
+    /// How long an engine may take to report itself. Beyond: killed and replaced.
+    pub engine_start_timeout: Duration,
+    /// Starts in a row that failed, after which those who wait get `MODEL_UNAVAILABLE`.
+    pub engine_failed_starts: u32,
+    /// How long a status report waits for the engine's counters before it goes out with the last known ones.
+    pub status_wait: Duration,
+    /// How long accepted work may take to finish after SIGTERM. Beyond: `SHUTTING_DOWN`.
+    pub drain_timeout: Duration,
+    /// How long the last answers may take to reach their clients when the broker leaves.
+    pub exit_flush: Duration,
+}
+
+const MIB: usize = 1 << 20;
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            max_sessions: 1024,
+            max_leases_per_session: 64,
+            max_lanes: 1024,
+            max_lanes_per_session: 64,
+            max_session_jobs: 64,
+            max_session_job_bytes: 16 * MIB,
+            max_jobs: 1024,
+            max_job_bytes: 128 * MIB,
+            outgoing_queue_bytes: 4 * MIB,
+            outgoing_stall: Duration::from_secs(5),
+            half_frame_timeout: Duration::from_secs(10),
+            hello_timeout: Duration::from_secs(5),
+            close_linger: Duration::from_secs(1),
+            frames_per_turn: 64,
+            max_models: 64,
+            max_model_names: 1024,
+            max_loads_at_once: 2,
+            load_timeout: Duration::from_secs(30 * 60),
+            loader_address_space_bytes: 64 << 30,
+            loader_cpu_seconds: 20 * 60,
+            load_retry_base: Duration::from_millis(250),
+            load_retry_cap: Duration::from_secs(10),
+            progress_interval: Duration::from_millis(50),
+            engine_free_restarts: 10,
+            engine_backoff_base: Duration::from_millis(10),
+            engine_backoff_cap: Duration::from_secs(1),
+            engine_healthy_after: Duration::from_millis(100),
+            engine_start_timeout: Duration::from_secs(30),
+            engine_failed_starts: 3,
+            status_wait: Duration::from_millis(100),
+            drain_timeout: Duration::from_secs(30),
+            exit_flush: Duration::from_secs(1),
+        }
+    }
+}
+
+const _: () = assert!(10 > shm_layout::limits::MAX_JOB_ATTEMPTS, "engine_free_restarts must outlast a job's attempts");

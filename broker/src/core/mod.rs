@@ -1,0 +1,186 @@
+//! Every decision of the broker, as one state machine: events in, actions out. No clock, no descriptor, no system call;
+//! time is an argument, and whatever must be done is an [`Action`] for the I/O side.
+//!
+//! | file | decides |
+//! |---|---|
+//! | `clients` | what a client's frame leads to: hello, faults, release, shutdown, the end of a session |
+//! | `acquire` | loads and leases: one load for many askers, who waits, who gets what |
+//! | `jobs` | jobs on the socket: admission, relaying, one answer each |
+//! | `serving` | the engine: start, hand-over of models, lanes and jobs, death and restart |
+//! | `leaving` | draining, idle exit, the end |
+//! | `status` | the report |
+//! | `session`, `models`, `leases`, `lanes`, `relay`, `engine` | the bookkeeping that these share |
+
+mod acquire;
+mod clients;
+mod engine;
+mod event;
+mod jobs;
+mod lanes;
+mod leases;
+mod leaving;
+mod models;
+mod relay;
+mod serving;
+mod session;
+mod status;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use event::{Action, Attachment, ChildExit, Event, ImageFacts};
+pub(crate) use models::nanos;
+
+use crate::config::Limits;
+use shm_layout::code::Code;
+use shm_layout::limits::MAX_MESSAGE_BYTES;
+use shm_layout::wire::{BrokerMessage, Refusal, ToEngine};
+use std::time::Duration;
+
+/// What the decisions need to know of the surroundings.
+#[derive(Debug, Clone)]
+pub(crate) struct CoreConfig {
+    pub(crate) default_model: String,
+    pub(crate) limits: Limits,
+    pub(crate) idle_exit: Option<Duration>,
+    pub(crate) allow_other_users: bool,
+    pub(crate) own_uid: u32,
+    pub(crate) boot_id: u64,
+    pub(crate) broker_pid: u32,
+}
+
+/// The broker's state.
+pub(crate) struct Core {
+    config: CoreConfig,
+    started_ns: u64,
+    sessions: session::Sessions,
+    models: models::Models,
+    leases: leases::Leases,
+    lanes: lanes::Lanes,
+    relay: relay::Relay,
+    engine: engine::Engine,
+    leaving: leaving::Leaving,
+    status: status::StatusWaiters,
+    last_load_id: u64,
+    faults: u64,
+    /// Since when there has been no session.
+    idle_since_ns: Option<u64>,
+    actions: Vec<Action>,
+}
+
+impl Core {
+    /// A broker that has just begun to listen. The engine is started by the first event.
+    pub(crate) fn new(config: CoreConfig, now_ns: u64) -> Core {
+        Core {
+            config,
+            started_ns: now_ns,
+            sessions: session::Sessions::default(),
+            models: models::Models::default(),
+            leases: leases::Leases::default(),
+            lanes: lanes::Lanes::default(),
+            relay: relay::Relay::default(),
+            engine: engine::Engine::default(),
+            leaving: leaving::Leaving::default(),
+            status: status::StatusWaiters::default(),
+            last_load_id: 0,
+            faults: 0,
+            idle_since_ns: Some(now_ns),
+            actions: Vec::new(),
+        }
+    }
+
+    /// Takes what happened and gives what is to be done, in order.
+    pub(crate) fn handle(&mut self, now_ns: u64, event: Event) -> Vec<Action> {
+        if !self.leaving.is_done() {
+            self.dispatch(now_ns, event);
+            self.timers(now_ns);
+            self.start_loaders(now_ns);
+            self.supervise(now_ns);
+            self.advance_leaving(now_ns);
+        }
+        std::mem::take(&mut self.actions)
+    }
+
+    fn dispatch(&mut self, now_ns: u64, event: Event) {
+        match event {
+            Event::Connected { session, pid, uid } => self.connected(now_ns, session, pid, uid),
+            Event::Client { session, request_id, message } => self.client(now_ns, session, request_id, message),
+            Event::ClientFault { session, code, message } => self.fault(now_ns, session, code, &message),
+            Event::ClientGone { session } => self.end_session(now_ns, session),
+            Event::LaneMade { lane_id, outcome } => self.lane_made(now_ns, lane_id, outcome),
+            Event::LoaderNotStarted { load_id, message } => {
+                let message = format!("the loader cannot be started: {message}");
+                self.load_failed(now_ns, load_id, Code::ModelLoadError, message);
+            }
+            Event::LoaderProgress { load_id, progress } => self.load_progress(now_ns, load_id, progress),
+            Event::LoaderImage { load_id, facts } => self.load_done(now_ns, load_id, facts),
+            Event::LoaderFailed { load_id, code, message } => self.load_failed(now_ns, load_id, code, message),
+            Event::LoaderExited { load_id, exit } => {
+                let message = format!("the loader {exit} before the model was ready; try again");
+                self.load_failed(now_ns, load_id, Code::ModelLoadError, message);
+            }
+            Event::EngineStarted { incarnation, pid } => self.engine_started(incarnation, pid),
+            Event::EngineNotStarted { incarnation, message } => {
+                self.engine_dead(now_ns, incarnation, format!("the engine cannot be started: {message}"), false);
+            }
+            Event::Engine { incarnation, message } => self.engine_says(now_ns, incarnation, message),
+            Event::EngineLinkLost { incarnation, message } => self.engine_lost(now_ns, incarnation, &message),
+            Event::EngineExited { incarnation, exit } => {
+                let orderly = exit == ChildExit::Status(0) && self.engine.drain_sent;
+                self.engine_dead(now_ns, incarnation, format!("the engine {exit}"), orderly);
+            }
+            Event::StopSignal => self.stop_signal(now_ns),
+            Event::Tick => {}
+        }
+    }
+
+    fn timers(&mut self, now_ns: u64) {
+        for session in self.sessions.overdue(now_ns) {
+            self.fault(now_ns, session, Code::BadState, "no Hello came in time");
+        }
+        self.waiters_overdue(now_ns);
+        self.loads_overdue(now_ns);
+        self.jobs_overdue(now_ns);
+        self.status_overdue(now_ns);
+    }
+
+    /// When [`Event::Tick`] is due; `None` = nothing is timed.
+    pub(crate) fn next_timer_ns(&self) -> Option<u64> {
+        [
+            self.sessions.next_timer_ns(),
+            self.models.next_timer_ns(),
+            self.relay.next_timer_ns(),
+            self.status.next_timer_ns(),
+            self.engine_timer_ns(),
+            self.leaving_timer_ns(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.config.limits
+    }
+
+    fn send(&mut self, session: u64, request_id: u64, message: BrokerMessage) {
+        self.actions.push(Action::Send { session, request_id, message, attachments: Vec::new() });
+    }
+
+    fn refuse(&mut self, session: u64, request_id: u64, code: Code, message: impl Into<String>, retry_after_ms: u32) {
+        let message = cut(message.into());
+        self.send(session, request_id, BrokerMessage::Refused(Refusal { code, message, retry_after_ms }));
+    }
+
+    fn tell_engine(&mut self, message: ToEngine, attachments: Vec<Attachment>) {
+        self.actions.push(Action::ToEngine { message, attachments });
+    }
+}
+
+/// Cuts a message to what a frame's message may have, at a character.
+fn cut(mut message: String) -> String {
+    if message.len() > MAX_MESSAGE_BYTES {
+        let end = (0..=MAX_MESSAGE_BYTES).rev().find(|at| message.is_char_boundary(*at)).unwrap_or(0);
+        message.truncate(end);
+    }
+    message
+}
