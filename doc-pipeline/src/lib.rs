@@ -13,11 +13,24 @@
 //! tokenizer, no model and no network in this crate: all of that is behind [`TextModel`].
 #![forbid(unsafe_code)]
 
+pub mod chunk;
 pub mod decode;
 pub mod document;
 pub mod limits;
 pub mod model;
 pub mod parse;
+pub mod pipeline;
+pub mod read;
+mod schema;
+pub mod search;
+pub mod store;
+pub mod supervise;
+pub mod walk;
+pub mod wire;
 
+pub use chunk::{Chunk, ChunkKind, ChunkOptions};
 pub use document::{Block, BlockKind, Document, Format, Source, Table, TableRow};
 pub use model::{FailureKind, ModelFailure, TextModel};
+pub use pipeline::{IndexOptions, IndexOutcome, PipelineError, index_document, search_store};
+pub use search::{Hit, SearchOptions};
+pub use store::{ModelIdentity, Store, StoreError};
