@@ -7,6 +7,8 @@ mod codec;
 mod head;
 mod messages;
 
+pub use bincode::{Decode, Encode};
+
 pub use codec::{CodecError, FrameBuffer, decode_body, encode_frame};
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;
