@@ -153,7 +153,7 @@ fn not_found_text(id: &str, tried: &[Attempt], advice: &[String]) -> String {
     for (index, attempt) in tried.iter().enumerate() {
         text.push_str(&format!("\n  {}. {attempt}", index + 1));
     }
-    text.push_str("\nWhat to do:");
+    text.push_str("\nWhat to do (any of these):");
     for line in advice {
         text.push_str(&format!("\n  - {line}"));
     }

