@@ -31,20 +31,33 @@ pub(super) fn windows(
 ) -> Vec<Range<usize>> {
     let mut out = Vec::new();
     let mut start = 0;
-    while start < spans.len() {
-        let mut end = spans.len().min(start + limits.tokens.max(1));
-        while end > start + 1 && bytes(spans, start..end) > limits.bytes {
-            end -= 1;
+    // Tokens before this one are in a window already; every window must reach past it.
+    let mut covered = 0;
+    while covered < spans.len() {
+        let mut latest = longest(spans, start, limits);
+        while latest <= covered {
+            start += 1;
+            latest = longest(spans, start, limits);
         }
-        if end == spans.len() {
-            out.push(start..end);
-            break;
-        }
-        let end = best_cut(text, spans, breaks, start, end);
+        let end = if latest == spans.len() {
+            latest
+        } else {
+            best_cut(text, spans, breaks, start, covered, latest)
+        };
         out.push(start..end);
+        covered = end;
         start = overlap_start(spans, start, end, limits);
     }
     out
+}
+
+/// The end of the longest window from `start`; at least one token.
+fn longest(spans: &[Span], start: usize, limits: WindowLimits) -> usize {
+    let mut end = spans.len().min(start + limits.tokens.max(1));
+    while end > start + 1 && bytes(spans, start..end) > limits.bytes {
+        end -= 1;
+    }
+    end
 }
 
 fn bytes(spans: &[Span], range: Range<usize>) -> usize {
@@ -59,9 +72,16 @@ fn is_clean(spans: &[Span], at: usize) -> bool {
     spans[at - 1].end <= spans[at].start
 }
 
-/// The best end of a window in `start + 1 ..= latest`; `latest` is less than the number of tokens.
-fn best_cut(text: &str, spans: &[Span], breaks: &[usize], start: usize, latest: usize) -> usize {
-    let earliest = latest - (latest - start - 1) / CUT_ZONE_DIVISOR;
+/// The best end of a window from `start` in `covered + 1 ..= latest`; `latest` is less than the number of tokens.
+fn best_cut(
+    text: &str,
+    spans: &[Span],
+    breaks: &[usize],
+    start: usize,
+    covered: usize,
+    latest: usize,
+) -> usize {
+    let earliest = (latest - (latest - start - 1) / CUT_ZONE_DIVISOR).max(covered + 1);
     let mut best: Option<(u8, usize)> = None;
     for at in (earliest..=latest).rev() {
         if let Some(rank) = cut_rank(text, spans, breaks, at)
@@ -73,7 +93,7 @@ fn best_cut(text: &str, spans: &[Span], breaks: &[usize], start: usize, latest: 
     match best {
         Some((_, at)) => at,
         // All tokens of the zone share characters: the nearest clean cut before it, or a cut that repeats one.
-        None => (start + 1..earliest).rev().find(|at| is_clean(spans, *at)).unwrap_or(latest),
+        None => (covered + 1..earliest).rev().find(|at| is_clean(spans, *at)).unwrap_or(latest),
     }
 }
 
@@ -154,7 +174,7 @@ mod tests {
         #[test]
         fn windows_cover_advance_and_overlap(
             text in "([a-z\u{e9}\u{1F980}]{1,12}[ .\n]{1,2}){0,80}", limit in 4_usize..40, overlap_share in 0_usize..34,
-            byte_limit in 8_usize..400,
+            byte_limit in prop_oneof![8_usize..400, Just(100_000)],
         ) {
             let spans = tokens(&text);
             let overlap = limit * overlap_share / 100;
@@ -172,7 +192,7 @@ mod tests {
                 covered = window.end;
             }
             prop_assert_eq!(covered, spans.len());
-            if byte_limit > 300 {
+            if byte_limit == 100_000 {
                 for pair in windows.windows(2) {
                     let shared = pair[0].end - pair[1].start;
                     prop_assert!(shared >= overlap.min(pair[0].len() - 1), "{} of {}", shared, overlap);
