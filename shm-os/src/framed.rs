@@ -51,7 +51,7 @@ pub enum FramedError {
 /// Whether the peer may still send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fill {
-    /// The connection stands; what was there has been read, or [`MAX_FILL_BYTES`] of it.
+    /// The connection stands; what was there has been read, or `MAX_FILL_BYTES` of it.
     Open,
     /// The peer will send nothing more. Whole frames may still wait in [`FramedStream::next_frame`].
     Closed,
@@ -102,7 +102,7 @@ impl FramedStream {
         })
     }
 
-    /// Reads what is there, at most [`MAX_FILL_BYTES`].
+    /// Reads what is there, at most `MAX_FILL_BYTES`.
     ///
     /// # Errors
     /// When the socket fails, or more descriptors came than any frames explain.

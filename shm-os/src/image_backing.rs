@@ -240,6 +240,16 @@ pub struct PublishedImage {
 }
 
 impl PublishedImage {
+    /// Takes over a memory object that another process filled and sealed (a loader child), after checking its seals
+    /// and length. The read-only descriptor is made anew: the one received may be writable.
+    pub fn from_sealed(fd: BorrowedFd<'_>) -> Result<PublishedImage, BackingError> {
+        memfd::verify_image_seals(fd)?;
+        let len_bytes = memfd::len_bytes(fd)?;
+        check_length(len_bytes)?;
+        let fd_read_only = memfd::reopen_read_only(fd)?;
+        Ok(PublishedImage { fd_read_only, len_bytes, kind: BackingKind::SealedMemfd, path: None })
+    }
+
     /// Maps the image in this process, with the same checks as a receiver makes.
     pub fn map(&self) -> Result<ReadOnlyMapping, BackingError> {
         map_published(self.fd_read_only.as_fd(), self.kind, self.len_bytes)

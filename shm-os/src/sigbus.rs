@@ -34,6 +34,8 @@ static SLOTS: [Slot; MAX_RANGES] = [const {
     }
 }; MAX_RANGES];
 
+/// Whether our handler is in force.
+static INSTALLED: AtomicBool = AtomicBool::new(false);
 /// The action in force before ours, leaked on purpose: the handler may need it at any time. Null: not installed.
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
@@ -70,7 +72,7 @@ impl Drop for Registration {
 /// Installs the handler for this process, once; later calls do nothing. Called by itself when the first file-backed
 /// image is mapped; a program that sets its own SIGBUS handler should do that before.
 pub fn install() -> Result<(), OsError> {
-    if !PREVIOUS.load(Ordering::Acquire).is_null() {
+    if INSTALLED.load(Ordering::Acquire) {
         return Ok(());
     }
     // SAFETY: all-zero is a valid sigaction; the call only fills it.
@@ -82,9 +84,9 @@ pub fn install() -> Result<(), OsError> {
     // Stored before ours is installed: the handler must find it from its first run on.
     let leaked = Box::into_raw(Box::new(previous));
     if PREVIOUS.compare_exchange(ptr::null_mut(), leaked, Ordering::AcqRel, Ordering::Acquire).is_err() {
-        // SAFETY: another thread was first; this box was never shared.
+        // Another thread was first and may not have installed the handler yet: doing so twice does no harm.
+        // SAFETY: this box was never shared.
         drop(unsafe { Box::from_raw(leaked) });
-        return Ok(());
     }
     // SAFETY: all-zero is a valid sigaction.
     let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
@@ -94,6 +96,7 @@ pub fn install() -> Result<(), OsError> {
     if unsafe { libc::sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) } != 0 {
         return Err(OsError::last("installing the SIGBUS handler"));
     }
+    INSTALLED.store(true, Ordering::Release);
     Ok(())
 }
 
@@ -108,6 +111,10 @@ pub(crate) fn register(
         Replacement::ReadOnly => libc::PROT_READ,
         Replacement::Writable => libc::PROT_READ | libc::PROT_WRITE,
     };
+    // Mappings are whole pages: the bytes after the end of the last one's content fault too.
+    // SAFETY: sysconf takes a number.
+    let page_bytes = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    let len_bytes = len_bytes.next_multiple_of(page_bytes);
     for (index, slot) in SLOTS.iter().enumerate() {
         if slot.taken.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             write_slot(slot, start, len_bytes, protection);
@@ -142,10 +149,9 @@ fn find(address: usize) -> Option<(&'static Slot, usize, usize, i32)> {
         let protection = slot.protection.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
         let unchanged = before.is_multiple_of(2) && slot.sequence.load(Ordering::Relaxed) == before;
-        // The range that faults is registered and stable: its user holds a reference while it reads. The last page
-        // counts whole.
-        let inside = address >= start && address - start < len_bytes.next_multiple_of(4096);
-        (unchanged && len_bytes > 0 && inside).then_some((slot, start, len_bytes, protection))
+        // The range that faults is registered and stable: its user holds a reference while it reads.
+        let inside = address >= start && address - start < len_bytes;
+        (unchanged && inside).then_some((slot, start, len_bytes, protection))
     })
 }
 

@@ -31,8 +31,7 @@ impl ImageBacking for SealedMemfd {
 }
 
 /// Seals a filled memory object; the writable descriptor ends here.
-pub(super) fn publish(fd: OwnedFd, len_bytes: u64) -> Result<PublishedImage, BackingError> {
+pub(super) fn publish(fd: OwnedFd) -> Result<PublishedImage, BackingError> {
     memfd::seal_image(fd.as_fd())?;
-    let fd_read_only = memfd::reopen_read_only(fd.as_fd())?;
-    Ok(PublishedImage { fd_read_only, len_bytes, kind: BackingKind::SealedMemfd, path: None })
+    PublishedImage::from_sealed(fd.as_fd())
 }

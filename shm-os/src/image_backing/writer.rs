@@ -105,7 +105,7 @@ impl ImageWriter {
             return Err(BackingError::WriterPoisoned { place: object.kind().to_string() });
         }
         match object {
-            WritableObject::Memfd(fd) => sealed_memfd::publish(fd, len_bytes),
+            WritableObject::Memfd(fd) => sealed_memfd::publish(fd),
             WritableObject::File(file) => file.publish(len_bytes),
             WritableObject::Shm(shm) => shm.publish(len_bytes),
         }

@@ -9,7 +9,7 @@ use super::{ProcessError, pidfd_open, pidfd_send_signal};
 use crate::OsError;
 
 /// Highest descriptor number that a child can be given.
-pub const MAX_TARGET_FD: i32 = 255;
+pub const MAX_TARGET_FD: i32 = 63;
 /// Where descriptors are parked on their way: above every target.
 const PARKING_FD: RawFd = MAX_TARGET_FD + 1;
 
@@ -85,7 +85,7 @@ impl SpawnedChild {
     /// Kills the child, and with `new_session` its whole process group. Call before the child is reaped.
     pub fn kill(&mut self) -> Result<(), ProcessError> {
         // A group's number is free for others once its leader is reaped: only an unreaped leader's is killed.
-        let leader_lives = self.wait_state_unreaped()?;
+        let leader_lives = self.is_unreaped();
         if self.new_session && leader_lives {
             let group = i32::try_from(self.child.id()).unwrap_or(0);
             if group > 1 {
@@ -97,15 +97,14 @@ impl SpawnedChild {
     }
 
     /// Whether the child is running or a zombie not waited for yet.
-    fn wait_state_unreaped(&self) -> Result<bool, ProcessError> {
+    fn is_unreaped(&self) -> bool {
         // SAFETY: all-zero is a valid siginfo.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        let pid = self.child.id();
+        let pidfd = self.pidfd.as_raw_fd().cast_unsigned();
+        let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
         // SAFETY: WNOWAIT leaves the child's state as it is; `info` is writable.
-        let result = unsafe {
-            libc::waitid(libc::P_PID, pid, &raw mut info, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT)
-        };
-        Ok(result == 0)
+        let result = unsafe { libc::waitid(libc::P_PIDFD, pidfd, &raw mut info, options) };
+        result == 0
     }
 }
 
@@ -135,13 +134,15 @@ pub fn spawn_limited(mut command: Command, limits: ChildLimits) -> Result<Spawne
     Ok(SpawnedChild { child, pidfd, new_session })
 }
 
-/// Copies of standard error (or of whatever is open) at each target number that is free.
+/// Descriptors of nothing at each target number that is free.
 fn occupy(targets: &[RawFd]) -> Result<Vec<OwnedFd>, OsError> {
-    let mut held = Vec::new();
-    let placeholder = std::io::pipe().map_err(|e| OsError::new("preparing a child's descriptors", e))?;
+    // The placeholders may themselves have got target numbers: all are held.
+    let (placeholder, other_end) =
+        std::io::pipe().map_err(|e| OsError::new("preparing a child's descriptors", e))?;
+    let mut held = vec![OwnedFd::from(placeholder), OwnedFd::from(other_end)];
     for &target in targets {
         // SAFETY: F_DUPFD_CLOEXEC copies an open descriptor to the first free number from `target` on.
-        let raw = unsafe { libc::fcntl(placeholder.0.as_raw_fd(), libc::F_DUPFD_CLOEXEC, target) };
+        let raw = unsafe { libc::fcntl(held[0].as_raw_fd(), libc::F_DUPFD_CLOEXEC, target) };
         if raw < 0 {
             return Err(OsError::last("preparing a child's descriptors"));
         }
