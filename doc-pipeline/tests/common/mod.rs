@@ -6,7 +6,7 @@ use std::ops::Range;
 use doc_pipeline::{ModelFailure, TextModel};
 
 /// Length of the test model's vectors.
-pub(crate) const DIMENSION: usize = 64;
+pub(crate) const DIMENSION: usize = 512;
 
 /// Tokens are runs of at most four characters within a word; a vector counts hashed words.
 pub(crate) struct TestModel {
@@ -87,7 +87,8 @@ impl TextModel for TestModel {
                 );
                 let mut vector = vec![0.0_f32; DIMENSION];
                 vector[0] = 0.01;
-                for word in text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()) {
+                for word in text.split(|c: char| !c.is_alphanumeric()).filter(|word| word.chars().count() > 3)
+                {
                     let hash = hash(&word.to_lowercase());
                     vector[(hash % DIMENSION as u64) as usize] += if hash >> 63 == 0 { 1.0 } else { -1.0 };
                 }
