@@ -1,0 +1,135 @@
+//! What comes back from `embed`: vectors with what made them. How they travel is `shm_layout::payload`'s.
+
+/// One vector for each text, in the order of the texts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Embeddings {
+    dim: usize,
+    fingerprint: u64,
+    cached: Vec<bool>,
+    values: Vec<f32>,
+}
+
+impl Embeddings {
+    pub(crate) fn with_capacity(dim: usize, fingerprint: u64, rows: usize) -> Embeddings {
+        let values = Vec::with_capacity(rows.saturating_mul(dim));
+        Embeddings { dim, fingerprint, cached: Vec::with_capacity(rows), values }
+    }
+
+    pub(crate) fn from_parts(
+        dim: usize,
+        fingerprint: u64,
+        cached: Vec<bool>,
+        values: Vec<f32>,
+    ) -> Embeddings {
+        debug_assert_eq!(cached.len() * dim, values.len());
+        Embeddings { dim, fingerprint, cached, values }
+    }
+
+    pub(crate) fn append(&mut self, mut rows: Embeddings) {
+        debug_assert_eq!((self.dim, self.fingerprint), (rows.dim, rows.fingerprint));
+        self.cached.append(&mut rows.cached);
+        self.values.append(&mut rows.values);
+    }
+
+    /// Vectors.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.cached.len()
+    }
+
+    /// Whether there is no vector (the list of texts was empty).
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.cached.is_empty()
+    }
+
+    /// Numbers in a vector.
+    #[must_use]
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Names weights, tokenizer, pooling and precision that made the vectors: vectors of different fingerprints must
+    /// not be compared.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+
+    /// The vector of text `index`, `dim` numbers; `None` past the end.
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<&[f32]> {
+        let at = index.checked_mul(self.dim)?;
+        self.values.get(at..at.checked_add(self.dim)?)
+    }
+
+    /// The vectors, each of `dim` numbers.
+    pub fn rows(&self) -> std::slice::ChunksExact<'_, f32> {
+        // A model has at least one dimension; an empty result of an unknown model must not panic all the same.
+        self.values.chunks_exact(self.dim.max(1))
+    }
+
+    /// For each vector, whether it came from a cache.
+    #[must_use]
+    pub fn cached(&self) -> &[bool] {
+        &self.cached
+    }
+
+    /// All numbers, row after row: `len * dim`.
+    #[must_use]
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// All numbers, row after row, without a copy.
+    #[must_use]
+    pub fn into_values(self) -> Vec<f32> {
+        self.values
+    }
+
+    /// The vectors as lists of their own, `len` of `dim` numbers.
+    #[must_use]
+    pub fn to_vecs(&self) -> Vec<Vec<f32>> {
+        self.rows().map(<[f32]>::to_vec).collect()
+    }
+}
+
+impl std::ops::Index<usize> for Embeddings {
+    type Output = [f32];
+
+    /// The vector of text `index`.
+    ///
+    /// # Panics
+    /// When there is no such text, as a slice does.
+    fn index(&self, index: usize) -> &[f32] {
+        &self.values[index * self.dim..(index + 1) * self.dim]
+    }
+}
+
+impl<'a> IntoIterator for &'a Embeddings {
+    type Item = &'a [f32];
+    type IntoIter = std::slice::ChunksExact<'a, f32>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.rows()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_found_by_index_and_in_order() {
+        let mut all = Embeddings::with_capacity(2, 7, 3);
+        all.append(Embeddings::from_parts(2, 7, vec![false], vec![1., 2.]));
+        all.append(Embeddings::from_parts(2, 7, vec![true, false], vec![3., 4., 5., 6.]));
+        assert_eq!((all.len(), all.dim(), all.fingerprint()), (3, 2, 7));
+        assert_eq!(all.rows().collect::<Vec<_>>(), [[1., 2.], [3., 4.], [5., 6.]]);
+        assert_eq!(&all[2], [5., 6.]);
+        assert_eq!(all.get(3), None);
+        assert_eq!(all.get(usize::MAX), None);
+        assert_eq!(all.cached(), [false, true, false]);
+        assert_eq!(Embeddings::with_capacity(0, 0, 0).rows().count(), 0);
+    }
+}

@@ -1,0 +1,287 @@
+//! A leased model as callers use it: blocking calls here, futures in `job`. How jobs travel is `seat`'s.
+
+use crate::client::Client;
+use crate::embeddings::Embeddings;
+use crate::error::SdkError;
+use crate::fork_cell::ForkCell;
+use crate::job::Job;
+use crate::seat::{Answer, JobSpec, Seat, SeatRequest};
+use crate::settings::{EmbedOptions, ModelRequest};
+use crate::split::split;
+use crate::time::Deadline;
+use shm_layout::payload::{PayloadError, decode_embeddings, decode_token_spans, encode_texts};
+use shm_layout::wire::{ModelDescription, Operation};
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Jobs of one blocking call that are in flight at once: enough to keep an engine busy while answers are taken, few
+/// enough to leave the lane's room to others.
+const WINDOW_JOBS: usize = 8;
+/// Times that an answer may be unreadable before the caller is told.
+pub(crate) const MAX_BAD_ANSWERS: u32 = 3;
+/// Times that a list is begun anew because the model was replaced meanwhile.
+pub(crate) const MAX_MODEL_CHANGES: u32 = 3;
+
+/// A lease on a model. Clones share it; the last one to go gives it back, once its jobs are done or dropped.
+///
+/// Any number of threads may use one `Model`; they share one lane. In a process forked after it was made it goes on
+/// working, with a session and a lease of the child's own, taken up on first use.
+#[derive(Clone, Debug)]
+pub struct Model {
+    handle: Arc<Handle>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    client: Client,
+    request: Arc<SeatRequest>,
+    seats: ForkCell<Seat>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // In a forked child that never used the model there is nothing to close: the seat inside is the parent's.
+        if let Some(seat) = self.seats.get() {
+            seat.close();
+        }
+    }
+}
+
+impl Model {
+    pub(crate) fn lease(client: &Client, mut request: ModelRequest) -> Result<Model, SdkError> {
+        request.check()?;
+        let wanted = Arc::new(SeatRequest { name: request.name, wait: request.wait, route: request.route });
+        let handle = Handle { client: client.clone(), request: wanted, seats: ForkCell::new() };
+        let model = Model { handle: Arc::new(handle) };
+        let mut watch = |step| {
+            if let (Some(step), Some(progress)) = (step, &mut request.progress) {
+                progress(step);
+            }
+        };
+        model.seat().open(Deadline::after(None), &mut watch)?;
+        Ok(model)
+    }
+
+    pub(crate) fn seat(&self) -> Arc<Seat> {
+        let handle = &*self.handle;
+        handle.seats.get_or_make(|| Arc::new(Seat::new(handle.client.core(), Arc::clone(&handle.request))))
+    }
+
+    #[cfg(feature = "local")]
+    pub(crate) fn client(&self) -> &Client {
+        &self.handle.client
+    }
+
+    #[cfg(feature = "local")]
+    pub(crate) fn request(&self) -> &SeatRequest {
+        &self.handle.request
+    }
+
+    /// What the model is: id, generation, dimensions, longest input, fingerprint. After a reload or a restart of the
+    /// broker it is that of the model as last leased.
+    ///
+    /// # Errors
+    /// Only in a forked child, where the lease is taken up first.
+    pub fn description(&self) -> Result<Arc<ModelDescription>, SdkError> {
+        self.seat().model()
+    }
+
+    /// Times that the lease was taken up anew, because the broker went away or a peer broke the protocol.
+    #[must_use]
+    pub fn reconnects(&self) -> u64 {
+        self.seat().relinks()
+    }
+
+    /// One vector for each text, in order. Texts longer than the model reads are truncated by it. An empty list gives an
+    /// empty result, without asking anybody.
+    ///
+    /// # Errors
+    /// [`SdkError`]; nothing is computed when one of the texts is over the limit.
+    pub fn embed<T: AsRef<str>>(&self, texts: &[T]) -> Result<Embeddings, SdkError> {
+        self.embed_with(texts, &EmbedOptions::default())
+    }
+
+    /// As [`Model::embed`], with priority and timeout. Long lists are sent as several jobs, some of them ahead.
+    ///
+    /// # Errors
+    /// As [`Model::embed`]; [`SdkError::DeadlineExceeded`] when the timeout runs out, and the rest is cancelled then.
+    pub fn embed_with<T: AsRef<str>>(
+        &self,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
+        let deadline = Deadline::after(options.timeout);
+        let seat = self.seat();
+        for _ in 0..=MAX_MODEL_CHANGES {
+            let model = seat.model()?;
+            let parts = split(texts, Operation::Embed, model.output_dim as usize)?;
+            let mut all: Option<Embeddings> = None;
+            let whole = run(&seat, texts, parts, Operation::Embed, options, deadline, |range, answer| {
+                let rows = embeddings(&answer, range.len())?;
+                match &mut all {
+                    None => {
+                        let mut first =
+                            Embeddings::with_capacity(rows.dim(), rows.fingerprint(), texts.len());
+                        first.append(rows);
+                        all = Some(first);
+                    }
+                    Some(all) if (all.dim(), all.fingerprint()) == (rows.dim(), rows.fingerprint()) => {
+                        all.append(rows)
+                    }
+                    Some(_) => return Ok(false),
+                }
+                Ok(true)
+            })?;
+            if whole {
+                let empty = || Embeddings::with_capacity(model.output_dim as usize, model.fingerprint, 0);
+                return Ok(all.unwrap_or_else(empty));
+            }
+        }
+        Err(SdkError::ModelChanged { model: self.handle.request.name.clone() })
+    }
+
+    /// Sends a list and gives a handle on its result at once: a future, or something to wait for or cancel. Waits only
+    /// while a great many jobs are in line already. The handle keeps a copy of the texts, and the lease.
+    ///
+    /// # Errors
+    /// As [`Model::embed_with`].
+    pub fn submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
+        let deadline = Deadline::after(options.timeout);
+        let seat = self.seat();
+        let (specs, empty) = self.specs(&seat, texts, options, deadline)?;
+        seat.wait_room(deadline)?;
+        let ids = specs.iter().map(|spec| seat.enqueue(Arc::clone(spec))).collect();
+        Ok(Job::new(self.clone(), seat, specs, ids, empty))
+    }
+
+    /// As [`Model::submit`], but never waits.
+    ///
+    /// # Errors
+    /// [`SdkError::WouldBlock`] when there is no room for all of it just now, or the broker is away; nothing was sent.
+    pub fn try_submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
+        let seat = self.seat();
+        let (specs, empty) = self.specs(&seat, texts, options, Deadline::after(options.timeout))?;
+        let ids = seat.try_enqueue(&specs)?;
+        Ok(Job::new(self.clone(), seat, specs, ids, empty))
+    }
+
+    #[expect(clippy::type_complexity, reason = "a pair for two callers")]
+    fn specs<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+        deadline: Deadline,
+    ) -> Result<(Vec<Arc<JobSpec>>, Embeddings), SdkError> {
+        let model = seat.model()?;
+        let dim = model.output_dim as usize;
+        let parts = split(texts, Operation::Embed, dim)?;
+        let specs = parts.into_iter().map(|part| spec(texts, part, Operation::Embed, options, deadline));
+        Ok((specs.collect::<Result<_, _>>()?, Embeddings::with_capacity(dim, model.fingerprint, 0)))
+    }
+
+    /// For each text the byte ranges of its tokens, as the model's own tokenizer cuts it; for counting and chunking
+    /// without a tokenizer in this process. An empty list gives an empty result.
+    ///
+    /// # Errors
+    /// As [`Model::embed`]; `OUTPUT_TOO_SMALL` for a single text of more than about 130 000 tokens: split it first.
+    pub fn token_spans<T: AsRef<str>>(&self, texts: &[T]) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
+        self.token_spans_with(texts, &EmbedOptions::default())
+    }
+
+    /// As [`Model::token_spans`], with priority and timeout.
+    ///
+    /// # Errors
+    /// As [`Model::token_spans`].
+    pub fn token_spans_with<T: AsRef<str>>(
+        &self,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
+        let seat = self.seat();
+        let parts = split(texts, Operation::Tokenize, 1)?;
+        let mut all = Vec::with_capacity(texts.len());
+        let deadline = Deadline::after(options.timeout);
+        run(&seat, texts, parts, Operation::Tokenize, options, deadline, |range, answer| {
+            let texts: Vec<&str> = texts[range].iter().map(AsRef::as_ref).collect();
+            all.append(&mut decode_token_spans(&answer.bytes, &texts)?);
+            Ok(true)
+        })?;
+        Ok(all)
+    }
+}
+
+/// Reads an answer's vectors.
+pub(crate) fn embeddings(answer: &Answer, texts: usize) -> Result<Embeddings, PayloadError> {
+    let rows = decode_embeddings(&answer.bytes, texts)?;
+    if rows.dim != answer.dim {
+        return Err(PayloadError::Malformed("vectors of another dimension than the model's"));
+    }
+    Ok(Embeddings::from_parts(rows.dim, rows.fingerprint, rows.cached, rows.values))
+}
+
+fn spec<T: AsRef<str>>(
+    texts: &[T],
+    part: Range<usize>,
+    operation: Operation,
+    options: &EmbedOptions,
+    deadline: Deadline,
+) -> Result<Arc<JobSpec>, SdkError> {
+    let count = part.len();
+    let bytes: Vec<&[u8]> = texts[part].iter().map(|text| text.as_ref().as_bytes()).collect();
+    let payload = encode_texts(&bytes)?;
+    Ok(Arc::new(JobSpec { operation, priority: options.priority, deadline, payload, texts: count }))
+}
+
+/// What is in flight of one call; cancelled when the call ends early.
+struct InFlight<'a> {
+    seat: &'a Seat,
+    jobs: VecDeque<(Range<usize>, u64, Arc<JobSpec>)>,
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        for (_, id, _) in &self.jobs {
+            self.seat.forget(*id);
+        }
+    }
+}
+
+/// Sends the parts of a list, a window of them ahead, and hands the answers to `take` in order; false as soon as `take`
+/// says false. An unreadable answer is asked for again over another lane.
+fn run<T: AsRef<str>>(
+    seat: &Seat,
+    texts: &[T],
+    parts: Vec<Range<usize>>,
+    operation: Operation,
+    options: &EmbedOptions,
+    deadline: Deadline,
+    mut take: impl FnMut(Range<usize>, Answer) -> Result<bool, PayloadError>,
+) -> Result<bool, SdkError> {
+    let mut flight = InFlight { seat, jobs: VecDeque::with_capacity(WINDOW_JOBS) };
+    let mut parts = parts.into_iter();
+    let mut bad_answers = 0;
+    loop {
+        while flight.jobs.len() < WINDOW_JOBS {
+            let Some(part) = parts.next() else { break };
+            let spec = spec(texts, part.clone(), operation, options, deadline)?;
+            flight.jobs.push_back((part, seat.enqueue(Arc::clone(&spec)), spec));
+        }
+        let Some((part, id, spec)) = flight.jobs.pop_front() else { return Ok(true) };
+        let answer = seat.wait(id)?;
+        let link_number = answer.link_number;
+        match take(part.clone(), answer) {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            Err(error) => {
+                bad_answers += 1;
+                seat.distrust(link_number, &error.to_string());
+                if bad_answers > MAX_BAD_ANSWERS {
+                    return Err(SdkError::Fault { peer: "the engine", what: error.to_string() });
+                }
+                flight.jobs.push_front((part, seat.enqueue(Arc::clone(&spec)), spec));
+            }
+        }
+    }
+}
