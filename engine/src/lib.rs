@@ -1,1 +1,23 @@
 //! Computes: compiles model folders into images and runs encoder models over their pages. Knows no socket.
+//!
+//! - [`compile`] turns a model folder, which nobody vouches for, into an image: it checks everything and writes through an
+//!   [`compile::ImageSink`], so that a file and a memory object are the same to it. Run it in a process that may be killed.
+//! - [`model`] loads an image where it lies (no weight is copied) and turns texts into vectors.
+//! - [`verify_image`] checks an image's content hash.
+//! - [`set_threads`] sizes the one thread pool that all models of the process compute on.
+//!
+//! `unsafe` lives in `kernel` alone: reading weights as floats, and calls into code for the CPU found at run time.
+#![deny(unsafe_code)]
+
+pub mod compile;
+pub mod config;
+mod json;
+mod kernel;
+pub mod model;
+mod threads;
+mod verify;
+
+pub use compile::{CompileError, CompileOptions, CompileProgress, CompileSummary, ImageSink, compile_folder};
+pub use model::{Embeddings, EncodedText, Model, ModelError, ModelInfo};
+pub use threads::{ThreadsError, set_threads, threads};
+pub use verify::{VerifyError, verify_image};

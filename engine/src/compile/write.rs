@@ -1,0 +1,177 @@
+//! Writing a planned image: weights stream from the checkpoint through a bounded buffer into a sink, hashed on the way.
+
+use super::checkpoint::Checkpoint;
+use super::error::CompileError;
+use super::plan::{Make, Plan, PlannedTensor};
+use super::{CompileProgress, ImageSink};
+use half::{bf16, f16};
+use shm_layout::image::content_hash_range;
+
+/// Largest part of a tensor in memory while it is converted, bytes in the image. Bounds the heap for any model.
+const BLOCK_BYTES: u64 = 16 << 20;
+/// Zeros for the gaps between tensors.
+const ZEROS: [u8; 4096] = [0; 4096];
+
+/// Writes in order, hashes what it writes, and reports progress.
+struct Stream<'a> {
+    sink: &'a mut dyn ImageSink,
+    progress: &'a mut dyn FnMut(CompileProgress),
+    hasher: blake3::Hasher,
+    position: u64,
+    total_bytes: u64,
+}
+
+impl Stream<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), CompileError> {
+        self.hasher.update(bytes);
+        self.sink.write_at(self.position, bytes).map_err(|source| write_error(source, self.total_bytes))?;
+        self.position += bytes.len() as u64;
+        (self.progress)(CompileProgress { done_bytes: self.position, total_bytes: self.total_bytes });
+        Ok(())
+    }
+
+    fn pad_to(&mut self, offset: u64) -> Result<(), CompileError> {
+        while self.position < offset {
+            let len = (offset - self.position).min(ZEROS.len() as u64) as usize;
+            self.write(&ZEROS[..len])?;
+        }
+        Ok(())
+    }
+}
+
+/// Tells a full disk from other failures.
+fn write_error(source: std::io::Error, needed_bytes: u64) -> CompileError {
+    match source.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            CompileError::DiskFull { needed_bytes }
+        }
+        _ => CompileError::Write { source },
+    }
+}
+
+/// Writes the image and returns its content hash. The sink holds a complete image only when this succeeds.
+pub(crate) fn write(
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    sink: &mut dyn ImageSink,
+    progress: &mut dyn FnMut(CompileProgress),
+) -> Result<[u8; 32], CompileError> {
+    let total_bytes = plan.header.total_bytes;
+    sink.reserve(total_bytes).map_err(|source| write_error(source, total_bytes))?;
+    let mut stream = Stream { sink, progress, hasher: blake3::Hasher::new(), position: 0, total_bytes };
+    stream.write(&plan.head)?;
+    for tensor in &plan.tensors {
+        stream.pad_to(tensor.offset)?;
+        match tensor.make {
+            Make::Concat => concat(tensor, checkpoint, &mut stream)?,
+            Make::Transpose => transpose(tensor, checkpoint, &mut stream)?,
+        }
+    }
+    let hash = *stream.hasher.finalize().as_bytes();
+    let place = content_hash_range().start as u64;
+    sink.write_at(place, &hash).map_err(|source| write_error(source, total_bytes))?;
+    Ok(hash)
+}
+
+/// Size of an element in the checkpoint, bytes; the plan let only these types through.
+fn source_size(dtype: &str) -> usize {
+    if dtype == "F32" { 4 } else { 2 }
+}
+
+/// Converts little-endian checkpoint elements to f32 and fails on the first that is not finite.
+fn convert(dtype: &str, raw: &[u8], name: &str, mut put: impl FnMut(usize, f32)) -> Result<(), CompileError> {
+    let mut finite = true;
+    let mut take = |index: usize, value: f32| {
+        finite &= value.is_finite();
+        put(index, value);
+    };
+    match dtype {
+        "F32" => {
+            let (elements, _) = raw.as_chunks::<4>();
+            elements
+                .iter()
+                .enumerate()
+                .for_each(|(index, element)| take(index, f32::from_le_bytes(*element)));
+        }
+        kind => {
+            let (elements, _) = raw.as_chunks::<2>();
+            let half = kind == "F16";
+            elements.iter().enumerate().for_each(|(index, element)| {
+                let value = if half {
+                    f16::from_le_bytes(*element).to_f32()
+                } else {
+                    bf16::from_le_bytes(*element).to_f32()
+                };
+                take(index, value);
+            });
+        }
+    }
+    if finite { Ok(()) } else { Err(CompileError::NotFinite { name: name.to_owned() }) }
+}
+
+fn concat(
+    tensor: &PlannedTensor,
+    checkpoint: &Checkpoint,
+    stream: &mut Stream<'_>,
+) -> Result<(), CompileError> {
+    for (name, source) in &tensor.sources {
+        let size = source_size(&source.dtype);
+        let mut left = source.shape.iter().product::<u64>();
+        let mut offset = source.offset;
+        let mut out = Vec::new();
+        let mut raw = Vec::new();
+        while left > 0 {
+            let count = left.min(BLOCK_BYTES / 16) as usize;
+            raw.resize(count * size, 0);
+            out.resize(count * 4, 0);
+            checkpoint.files[source.file].read_at(&mut raw, offset)?;
+            convert(&source.dtype, &raw, name, |index, value| {
+                out[4 * index..4 * index + 4].copy_from_slice(&value.to_le_bytes());
+            })?;
+            stream.write(&out)?;
+            offset += raw.len() as u64;
+            left -= count as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Writes `[input, outputs of all sources]`, a block of input columns at a time, so that a block stays in memory.
+fn transpose(
+    tensor: &PlannedTensor,
+    checkpoint: &Checkpoint,
+    stream: &mut Stream<'_>,
+) -> Result<(), CompileError> {
+    let (inputs, outputs) = (tensor.shape[0] as usize, tensor.shape[1] as usize);
+    let block_inputs = ((BLOCK_BYTES / 4) as usize / outputs).clamp(1, inputs);
+    let mut out: Vec<u8> = Vec::new();
+    let mut raw = Vec::new();
+    let mut first = 0;
+    while first < inputs {
+        let count = block_inputs.min(inputs - first);
+        out.resize(count * outputs * 4, 0);
+        let mut column = 0;
+        for (name, source) in &tensor.sources {
+            let size = source_size(&source.dtype);
+            let rows = source.shape[0] as usize;
+            // Whole rows lie one behind the other: many at once. Parts of rows are read one by one.
+            let rows_at_once = if count == inputs { ((1 << 20) / (inputs * size)).clamp(1, rows) } else { 1 };
+            let mut row = 0;
+            while row < rows {
+                let batch = rows_at_once.min(rows - row);
+                raw.resize(batch * count * size, 0);
+                let offset = source.offset + ((row * inputs + first) * size) as u64;
+                checkpoint.files[source.file].read_at(&mut raw, offset)?;
+                convert(&source.dtype, &raw, name, |index, value| {
+                    let at = 4 * ((index % count) * outputs + column + row + index / count);
+                    out[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                })?;
+                row += batch;
+            }
+            column += rows;
+        }
+        stream.write(&out)?;
+        first += count;
+    }
+    Ok(())
+}
