@@ -81,7 +81,7 @@ impl Client {
     pub fn status(&self) -> Result<StatusReport, SdkError> {
         let core = self.core();
         let deadline = Deadline::after(Some(core.settings.patience));
-        match core.ask(&ClientMessage::Status, StartBroker::Never, deadline)? {
+        match core.ask(&ClientMessage::Status, StartBroker::Never, deadline)?.1 {
             Reply::Status(report) => Ok(*report),
             other => Err(unexpected(&other)),
         }
@@ -104,7 +104,7 @@ impl Client {
     pub fn ping(&self) -> Result<(), SdkError> {
         let core = self.core();
         let deadline = Deadline::after(Some(core.settings.patience));
-        match core.ask(&ClientMessage::Ping, StartBroker::Never, deadline)? {
+        match core.ask(&ClientMessage::Ping, StartBroker::Never, deadline)?.1 {
             Reply::Pong => Ok(()),
             other => Err(unexpected(&other)),
         }

@@ -60,11 +60,6 @@ impl Core {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The session if there is one that stands.
-    pub(crate) fn current(&self) -> Option<Arc<Session>> {
-        self.lock().session.clone().filter(|session| session.is_alive())
-    }
-
     /// Sessions opened so far, less the first.
     pub(crate) fn reconnects(&self) -> u64 {
         self.lock().sessions.saturating_sub(1)
@@ -190,13 +185,14 @@ impl Core {
         })
     }
 
-    /// Asks the broker something that may be asked twice, reconnecting when it goes away meanwhile.
+    /// Asks the broker something that may be asked twice, reconnecting when it goes away meanwhile; gives the session
+    /// too that the answer came over.
     pub(crate) fn ask(
         &self,
         message: &ClientMessage,
         start: StartBroker,
         deadline: Deadline,
-    ) -> Result<Reply, SdkError> {
+    ) -> Result<(Arc<Session>, Reply), SdkError> {
         let mut asked = 0;
         loop {
             let session = self.session(start, deadline, &mut |_| {})?;
@@ -205,7 +201,7 @@ impl Core {
                     std::thread::sleep(deadline.left_within(backoff(asked, RECONNECT_BASE, RECONNECT_CAP)));
                     asked += 1;
                 }
-                outcome => return outcome,
+                outcome => return outcome.map(|reply| (session, reply)),
             }
         }
     }

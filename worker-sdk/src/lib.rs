@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "local")]
+mod attach;
 mod client;
 mod connect;
 mod embeddings;
@@ -16,6 +18,8 @@ mod split;
 mod start;
 mod time;
 
+#[cfg(feature = "local")]
+pub use attach::AttachedModel;
 pub use client::{Client, ClientBuilder};
 pub use embeddings::Embeddings;
 pub use error::SdkError;

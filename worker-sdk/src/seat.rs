@@ -39,7 +39,7 @@ const REFUSED_CAP: Duration = Duration::from_millis(250);
 /// What an answer grows to when it did not fit.
 const CAPACITY_FACTOR: usize = 8;
 /// Time beyond a load's own limit after which its answer is not waited for any more.
-const LOAD_GRACE: Duration = Duration::from_secs(5);
+pub(crate) const LOAD_GRACE: Duration = Duration::from_secs(5);
 /// How long the background thread stays when no future waits.
 const DRIVER_LINGER: Duration = Duration::from_secs(2);
 
@@ -151,7 +151,9 @@ impl Seat {
             match self.acquire(deadline, watch) {
                 Ok(link) => break link,
                 // A broker that was there and went away: the next one may be up at once.
-                Err(SdkError::Disconnected { .. }) if started.elapsed() < self.core.settings.patience => {
+                Err(SdkError::Disconnected { .. } | SdkError::Refused { code: Code::ShuttingDown, .. })
+                    if started.elapsed() < self.core.settings.patience =>
+                {
                     std::thread::sleep(backoff(attempts, RECONNECT_BASE, RECONNECT_CAP));
                     attempts += 1;
                 }

@@ -1,0 +1,204 @@
+//! Computing in this process on the pages that everybody shares. Only with the feature `local`; how a model computes is
+//! the engine's.
+
+use crate::client::unexpected;
+use crate::embeddings::Embeddings;
+use crate::error::SdkError;
+use crate::model::Model;
+use crate::session::{Reply, Session};
+use crate::time::Deadline;
+use shm_layout::image::ImageBytes;
+use shm_layout::wire::{Acquire, BackingKind, ClientMessage, Leased, ModelDescription};
+use shm_os::ReadOnlyMapping;
+use shm_os::image_backing::{self, map_published};
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Texts computed between two looks at the caller's list; bounds what tokenization holds at once.
+const TEXTS_AT_ONCE: usize = 256;
+
+/// The fork generation in which this process first computed. The engine's threads belong to it: they do not survive a
+/// fork, and work handed to threads that are gone is never done.
+static COMPUTES_IN: AtomicU64 = AtomicU64::new(0);
+
+/// A model that computes in this process on the shared image. Clones share it; the image is let go of with the last.
+///
+/// It needs no broker once it is attached: it keeps its generation of the model through reloads and restarts. Its
+/// results are those of [`Model::embed`] bit for bit, where the engine runs on the same machine.
+#[derive(Clone, Debug)]
+pub struct AttachedModel {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    engine: engine::Model,
+    image: Arc<MappedImage>,
+    description: ModelDescription,
+    _lease: HeldLease,
+    generation: u64,
+}
+
+/// The mapping neither moves nor changes: what its backing promises was checked when it was mapped.
+#[derive(Debug)]
+struct MappedImage(ReadOnlyMapping);
+
+impl ImageBytes for MappedImage {
+    fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+/// Keeps the broker from unloading what is mapped here; ends with the value, or with the session.
+#[derive(Debug)]
+struct HeldLease {
+    session: Arc<Session>,
+    lease_id: u64,
+    generation: u64,
+}
+
+impl Drop for HeldLease {
+    fn drop(&mut self) {
+        if self.generation == shm_os::fork_generation() && self.session.is_alive() {
+            self.session.tell(&ClientMessage::Release { lease_id: self.lease_id });
+        }
+    }
+}
+
+impl Model {
+    /// Maps the model's image into this process, to compute here. Takes about a millisecond for any size: nothing is
+    /// copied, and the pages are those that all others use. The lease is one of its own: the `Model` may be dropped.
+    ///
+    /// # Errors
+    /// [`SdkError`] when the image cannot be had, or is not sealed, sized or laid out as announced.
+    pub fn attach(&self) -> Result<AttachedModel, SdkError> {
+        let generation = shm_os::fork_generation();
+        match COMPUTES_IN.load(Ordering::Relaxed) {
+            0 => {}
+            of if of == generation => {}
+            _ => {
+                return Err(SdkError::Local(
+                    "the process that forked this one had computed already, and its compute threads are not here: \
+                     attach after the fork only, or use embed()"
+                        .into(),
+                ));
+            }
+        }
+        let (core, request) = (self.client().core(), self.request());
+        let message = ClientMessage::Acquire(Acquire {
+            model: request.name.clone(),
+            want_lane: false,
+            want_image: true,
+            wait_ms: u32::try_from(request.wait.as_millis()).unwrap_or(u32::MAX),
+        });
+        let deadline = Deadline::after(Some(request.wait.saturating_add(crate::seat::LOAD_GRACE)));
+        let (session, reply) = core.ask(&message, core.settings.start, deadline)?;
+        let Reply::Leased(leased, fds) = reply else { return Err(unexpected(&reply)) };
+        let lease = HeldLease { session, lease_id: leased.lease_id, generation };
+        AttachedModel::map(leased, fds, lease)
+    }
+}
+
+impl AttachedModel {
+    fn map(leased: Leased, mut fds: Vec<OwnedFd>, lease: HeldLease) -> Result<AttachedModel, SdkError> {
+        let fault = |what: String| SdkError::Fault { peer: "the broker", what };
+        let (Some(fd), true) = (fds.pop(), leased.image) else {
+            return Err(fault("it gave no image with the lease".into()));
+        };
+        let description = leased.model;
+        let kind = match description.backing {
+            BackingKind::SealedMemfd => image_backing::BackingKind::SealedMemfd,
+            BackingKind::ImageFile => image_backing::BackingKind::ImageFile,
+            BackingKind::PosixShm => image_backing::BackingKind::PosixShm,
+        };
+        let mapping = map_published(fd.as_fd(), kind, description.image_bytes)
+            .map_err(|error| fault(format!("its image cannot be mapped: {error}")))?;
+        let image = Arc::new(MappedImage(mapping));
+        let shared_image: Arc<dyn ImageBytes> = Arc::<MappedImage>::clone(&image);
+        let engine =
+            engine::Model::load(shared_image).map_err(|error| SdkError::Local(error.to_string().into()))?;
+        let info = engine.info();
+        if info.content_hash != description.content_hash || info.output_dim != description.output_dim as usize
+        {
+            return Err(fault("its image is another one than it announced".into()));
+        }
+        let generation = lease.generation;
+        Ok(AttachedModel {
+            shared: Arc::new(Shared { engine, image, description, _lease: lease, generation }),
+        })
+    }
+
+    /// What the model is.
+    #[must_use]
+    pub fn description(&self) -> &ModelDescription {
+        &self.shared.description
+    }
+
+    /// Names image, arithmetic and CPU path, as in the results.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        self.shared.engine.info().fingerprint
+    }
+
+    /// Bytes of the image that are mapped here, shared with every other process that uses the model.
+    #[must_use]
+    pub fn image_bytes(&self) -> usize {
+        self.shared.image.0.len_bytes()
+    }
+
+    /// Builds the tokenizer now (some ten milliseconds) instead of at the first text.
+    ///
+    /// # Errors
+    /// [`SdkError::Local`] when it cannot be built; [`SdkError::Forked`] in a forked child.
+    pub fn warm(&self) -> Result<(), SdkError> {
+        self.compute(|engine| engine.warm())
+    }
+
+    /// One vector for each text, in order; an empty list gives an empty result.
+    ///
+    /// # Errors
+    /// [`SdkError::Local`] naming the text at fault; [`SdkError::Forked`] in a process forked after attaching.
+    pub fn embed<T: AsRef<str>>(&self, texts: &[T]) -> Result<Embeddings, SdkError> {
+        let info = self.shared.engine.info();
+        let mut all = Embeddings::with_capacity(info.output_dim, info.fingerprint, texts.len());
+        for some in texts.chunks(TEXTS_AT_ONCE) {
+            let some: Vec<&str> = some.iter().map(AsRef::as_ref).collect();
+            let rows = self.compute(|engine| engine.embed(&some))?;
+            all.append(Embeddings::from_parts(
+                rows.dim,
+                info.fingerprint,
+                vec![false; some.len()],
+                rows.values,
+            ));
+        }
+        Ok(all)
+    }
+
+    /// For each text the byte ranges of its tokens.
+    ///
+    /// # Errors
+    /// As [`AttachedModel::embed`].
+    pub fn token_spans<T: AsRef<str>>(&self, texts: &[T]) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
+        self.compute(|engine| texts.iter().map(|text| engine.token_spans(text.as_ref())).collect())
+    }
+
+    fn compute<R>(
+        &self,
+        work: impl FnOnce(&engine::Model) -> Result<R, engine::ModelError>,
+    ) -> Result<R, SdkError> {
+        if self.shared.generation != shm_os::fork_generation() {
+            return Err(SdkError::Forked);
+        }
+        COMPUTES_IN.store(self.shared.generation, Ordering::Relaxed);
+        let outcome = work(&self.shared.engine).map_err(|error| SdkError::Local(error.to_string().into()));
+        if self.shared.image.0.is_poisoned() {
+            // Zeros were read in place of weights.
+            return Err(SdkError::Local(
+                "the model's image file was cut while it was in use: attach again".into(),
+            ));
+        }
+        outcome
+    }
+}
