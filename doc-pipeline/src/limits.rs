@@ -8,6 +8,9 @@ pub const FILE_BYTES_MAX: u64 = 64 << 20;
 pub const BLOCKS_MAX: usize = 200_000;
 /// Deepest nesting of elements in a document. Over it: `ParseError::Limit`.
 pub const NESTING_MAX: usize = 256;
+/// Most HTML tags that may be open at once before the text is parsed at all; more than [`NESTING_MAX`], because some
+/// of them may be closed by others. Over it: `ParseError::Limit`.
+pub const HTML_OPEN_TAGS_MAX: usize = 4 * NESTING_MAX;
 /// Most columns of a table. Over it: `ParseError::Limit`.
 pub const TABLE_COLUMNS_MAX: usize = 1_024;
 /// Most rows of a table. Over it: `ParseError::Limit`.
@@ -77,6 +80,8 @@ pub const WALK_DEPTH_MAX: usize = 64;
 pub const JOBS_MAX: usize = 256;
 /// Default time limit of one document's subprocess.
 pub const DOCUMENT_TIME_LIMIT: Duration = Duration::from_secs(600);
+/// Private memory that one document's subprocess may have (2 GiB); see `supervise::bound_memory`.
+pub const DOCUMENT_MEMORY_BYTES_MAX: u64 = 2 << 30;
 /// Bytes of a subprocess's stdout that are kept; the rest is read and dropped.
 pub const CHILD_STDOUT_BYTES_MAX: usize = 64 << 10;
 /// Bytes at the end of a subprocess's stderr that are kept.

@@ -333,6 +333,16 @@ pub fn die_with_supervisor() -> bool {
     nix::unistd::getppid().as_raw() == supervisor
 }
 
+/// For the subprocess: bounds its private memory (heap and private mappings; shared ones don't count), so that a
+/// document that makes a parser explode ends its own process and nothing else: an allocation beyond it aborts.
+/// [`crate::limits::DOCUMENT_MEMORY_BYTES_MAX`] is the bound that fits the other limits.
+pub fn bound_memory(bytes_max: u64) -> std::io::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_DATA)?;
+    let bound = bytes_max.min(hard);
+    Ok(setrlimit(Resource::RLIMIT_DATA, bound, bound)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use common::TestModel;
+use doc_pipeline::limits::DOCUMENT_MEMORY_BYTES_MAX;
 use doc_pipeline::store::{NewDocument, Stored};
-use doc_pipeline::supervise::{CancelToken, SuperviseOptions, die_with_supervisor, run};
+use doc_pipeline::supervise::{CancelToken, SuperviseOptions, bound_memory, die_with_supervisor, run};
 use doc_pipeline::wire::{DocumentReport, FailureCode, Outcome};
 use doc_pipeline::{
     ChunkOptions, Hit, IndexOptions, IndexOutcome, ModelIdentity, PipelineError, SearchOptions, Store,
@@ -258,6 +259,7 @@ fn subprocess_entry() {
     match role.as_str() {
         "index" => {
             assert!(die_with_supervisor());
+            bound_memory(DOCUMENT_MEMORY_BYTES_MAX).expect("a lower limit can be set");
             let result = open().map_err(PipelineError::from).and_then(|mut store| {
                 index_document(&document, &mut store, &model, &IndexOptions::default())
             });
@@ -272,6 +274,18 @@ fn subprocess_entry() {
                 index_document(&document, &mut store, &model, &IndexOptions::default()).expect("index");
                 println!("\nstored {round}");
             }
+        }
+        "hungry" => {
+            bound_memory(64 << 20).expect("a lower limit can be set");
+            let mut hoard: Vec<Vec<u8>> = Vec::new();
+            while hoard.len() < 1_024 {
+                hoard.push(vec![1; 1 << 20]);
+            }
+            println!(
+                "\n{}",
+                DocumentReport::new(document, &Ok(IndexOutcome::Indexed { chunks: 0, tokens: 0 })).to_line()
+            );
+            std::process::exit(0);
         }
         other => panic!("no role {other}"),
     }
@@ -348,6 +362,15 @@ fn four_processes_index_into_one_fresh_store() {
         |report| unchanged += u64::from(matches!(report.outcome, Outcome::Unchanged { .. })),
     );
     assert_eq!((again.unchanged, unchanged), (14, 14));
+}
+
+#[test]
+fn a_subprocess_that_eats_memory_ends_alone() {
+    let setup = Setup::new();
+    let options = SuperviseOptions::default();
+    let make = |path: &Path| subprocess("hungry", &setup.path("kb.db"), path);
+    let summary = run(&[setup.path("a.md")], &options, &CancelToken::new(), make, |_| {});
+    assert_eq!(summary.failures[0].code, FailureCode::Killed, "{:?}", summary.failures);
 }
 
 #[test]

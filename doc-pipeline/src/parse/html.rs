@@ -3,7 +3,7 @@
 use ego_tree::iter::Edge;
 use scraper::{ElementRef, Html, Node};
 
-use super::ParseError;
+use super::{ParseError, html_depth};
 use crate::document::{Builder, Source, Table, TableRow, one_line};
 use crate::limits::{NESTING_MAX, SPAN_TEXT_BYTES_MAX, TABLE_COLUMNS_MAX, TABLE_ROWS_MAX};
 
@@ -49,6 +49,7 @@ const BLOCKS: [&str; 31] = [
 
 /// Parses a whole HTML document.
 pub(super) fn parse(text: &str, builder: &mut Builder) -> Result<(), ParseError> {
+    html_depth::check(text)?;
     let html = Html::parse_document(text);
     let mut title = None;
     walk(&html, None, builder, &mut title)?;
@@ -60,6 +61,7 @@ pub(super) fn parse(text: &str, builder: &mut Builder) -> Result<(), ParseError>
 
 /// Appends the blocks of an HTML fragment that stands inside another format.
 pub(super) fn append(text: &str, source: Option<Source>, builder: &mut Builder) -> Result<(), ParseError> {
+    html_depth::check(text)?;
     let html = Html::parse_fragment(text);
     walk(&html, source, builder, &mut None)
 }

@@ -2,6 +2,7 @@
 
 mod csv;
 mod html;
+mod html_depth;
 mod markdown;
 mod text;
 
