@@ -110,6 +110,11 @@ impl FramedStream {
         let mut chunk = [0; READ_BYTES];
         let mut taken = 0;
         while taken < MAX_FILL_BYTES && !self.closed {
+            // Frames with descriptors are taken in portions, the rest waits in the socket: a peer that hands over many
+            // objects in a row is no faulty one.
+            if taken > 0 && self.descriptors.len() > MAX_PENDING_DESCRIPTORS - MAX_FRAME_DESCRIPTORS {
+                break;
+            }
             let mut fds = Vec::new();
             match socket::recv_with_fds(self.fd.as_fd(), &mut chunk, &mut fds, MAX_FRAME_DESCRIPTORS) {
                 Ok(0) => self.closed = true,
@@ -311,6 +316,27 @@ mod tests {
         assert_eq!(b.pending_descriptors(), 0);
         drop(a);
         assert!(matches!(b.receive::<ClientMessage>(LONG), Err(FramedError::Closed)));
+    }
+
+    #[test]
+    fn many_frames_with_descriptors_in_a_row_are_taken_in_portions() {
+        let (mut a, mut b) = pair();
+        let doorbell = crate::Doorbell::new().unwrap();
+        for id in 0..40 {
+            let fds = (0..2).map(|_| doorbell.as_fd().try_clone_to_owned().unwrap()).collect();
+            a.send(id, &ClientMessage::Ping, fds, LONG).unwrap();
+        }
+        for id in 0..40 {
+            assert_eq!(b.receive::<ClientMessage>(LONG).unwrap(), Some((id, ClientMessage::Ping)));
+            assert_eq!(b.take_descriptors(2).unwrap().len(), 2);
+        }
+        for id in 0..40 {
+            let fd = doorbell.as_fd().try_clone_to_owned().unwrap();
+            a.send(id, &ClientMessage::Ping, vec![fd], LONG).unwrap();
+        }
+        // Whoever never takes them is told so, and holds few.
+        let outcome = (0..40).find_map(|_| b.fill().err());
+        assert!(matches!(outcome, Some(FramedError::Descriptors { .. })));
     }
 
     #[test]
