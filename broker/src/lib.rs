@@ -1,7 +1,22 @@
-//! The control plane: images, leases, sessions, lanes, limits, supervision. Computes nothing and parses no foreign file.
+//! The control plane: images, leases, sessions, lanes, limits, supervision. Computes nothing, parses no foreign file, and
+//! is not in the path of a job that travels in a lane.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `config` | settings and every bound |
+//! | `core` | every decision, as one state machine without I/O: events in, actions out |
+//! | `io` | sockets, child processes and descriptors around it: one thread, one poller |
+//! | `server` | start and end: folder, lock, socket, signals |
+//!
+//! What must not be here: model folders, tokenizers, kernels, HTTP, unsafe code, a second thread.
 #![forbid(unsafe_code)]
 
 mod config;
 mod core;
+mod error;
+mod io;
+mod server;
 
 pub use config::{BrokerConfig, Limits};
+pub use error::BrokerError;
+pub use server::run;

@@ -53,6 +53,7 @@ impl Leases {
         self.map.iter().map(|((session, _), lease)| (*session, *lease))
     }
 
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.map.len()
     }

@@ -35,7 +35,7 @@ impl Core {
     pub(super) fn stop_signal(&mut self, now_ns: u64) {
         if self.leaving.has_begun() {
             warn!("second signal: leaving at once");
-            self.leave_now();
+            self.leave_now(now_ns);
         } else {
             info!("signal: finishing what was accepted, then leaving");
             self.begin_leaving(now_ns, self.config.limits.drain_timeout);
@@ -94,7 +94,7 @@ impl Core {
                 let idle = self.config.idle_exit.zip(self.idle_since_ns);
                 if idle.is_some_and(|(after, since_ns)| now_ns >= since_ns.saturating_add(nanos(after))) {
                     info!("no session for the configured time: leaving");
-                    self.leave_now();
+                    self.leave_now(now_ns);
                 }
             }
             Leaving::Done => {}
@@ -103,9 +103,9 @@ impl Core {
                     if self.unfinished() {
                         warn!(jobs = self.relay.len(), "time to finish is over; leaving with work unfinished");
                     }
-                    self.leave_now();
+                    self.leave_now(now_ns);
                 } else if !self.relay.owes() && (engine_finished || self.lanes.live().next().is_none()) {
-                    self.leave_now();
+                    self.leave_now(now_ns);
                 } else {
                     self.drain_engine();
                 }
@@ -126,7 +126,8 @@ impl Core {
         }
     }
 
-    fn leave_now(&mut self) {
+    fn leave_now(&mut self, now_ns: u64) {
+        self.answer_status(now_ns);
         self.answer_all(Code::ShuttingDown, "the broker left before the job was done; send it to its successor");
         self.actions.push(Action::Exit);
         self.leaving = Leaving::Done;

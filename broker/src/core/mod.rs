@@ -145,6 +145,9 @@ impl Core {
 
     /// When [`Event::Tick`] is due; `None` = nothing is timed.
     pub(crate) fn next_timer_ns(&self) -> Option<u64> {
+        if self.leaving.is_done() {
+            return None;
+        }
         [
             self.sessions.next_timer_ns(),
             self.models.next_timer_ns(),

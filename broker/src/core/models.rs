@@ -342,7 +342,7 @@ mod tests {
     use super::*;
     use shm_layout::wire::BackingKind;
 
-    pub(crate) fn facts(model_id: &str) -> ImageFacts {
+    fn facts(model_id: &str) -> ImageFacts {
         ImageFacts {
             model_id: model_id.into(),
             output_dim: 4,
@@ -355,7 +355,11 @@ mod tests {
     }
 
     fn begin(models: &mut Models, name: &str, load_id: u64) -> u64 {
-        let Lookup::Entry(id) = models.lookup(name, 0, &Limits::default()) else { panic!("refused") };
+        begin_at(models, name, load_id, 0, &Limits::default())
+    }
+
+    fn begin_at(models: &mut Models, name: &str, load_id: u64, now_ns: u64, limits: &Limits) -> u64 {
+        let Lookup::Entry(id) = models.lookup(name, now_ns, limits) else { panic!("refused") };
         models.entries.get_mut(&id).unwrap().state =
             EntryState::Loading { load_id, deadline_ns: 1, progress: None, told_ns: 0 };
         models.entries.get_mut(&id).unwrap().waiters.push(Waiter {
@@ -407,7 +411,7 @@ mod tests {
         let mut now = 0;
         let mut waits = Vec::new();
         for load in 1..9 {
-            let id = begin(&mut models, "m", load);
+            let id = begin_at(&mut models, "m", load, now, &limits);
             assert_eq!(models.fail(id, refusal.clone(), now, &limits).len(), 1);
             let EntryState::Failed { retry_at_ns, .. } = models.entries[&id].state else { panic!() };
             if retry_at_ns > now {
@@ -426,12 +430,12 @@ mod tests {
         let mut models = Models::default();
         let refusal = Refusal { code: Code::ModelNotFound, message: "x".into(), retry_after_ms: 0 };
         for n in 0..50 {
-            let id = begin(&mut models, &format!("m{n}"), n);
+            let id = begin_at(&mut models, &format!("m{n}"), n, 0, &limits);
             models.fail(id, refusal.clone(), 0, &limits);
         }
         assert!(models.entries.len() <= 3 && models.names.len() <= 3);
         for n in 0..3 {
-            begin(&mut models, &format!("l{n}"), 100 + n);
+            begin_at(&mut models, &format!("l{n}"), 100 + n, 0, &limits);
         }
         assert!(matches!(models.lookup("one more", 0, &limits), Lookup::Refused(r) if r.code == Code::TooMany));
     }

@@ -1,0 +1,67 @@
+//! The check of an image that a loader hands over: seals or mode, size, header. Reads one page of it and nothing of any
+//! model folder.
+
+use crate::core::ImageFacts;
+use shm_layout::image::{CheckedHeader, HEADER_BYTES, ImageError};
+use shm_layout::limits::MAX_MODEL_NAME_BYTES;
+use shm_layout::wire::BackingKind;
+use shm_os::image_backing::{self, BackingError};
+use std::os::fd::BorrowedFd;
+
+/// Why what a loader handed over is not taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ImageRefused {
+    /// Not sealed, not read-only, of another size, or not mappable.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    /// Its header is wrong.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The loader calls the model by no usable name.
+    #[error("the loader gave a model id of {0} bytes; it must have 1 to {MAX_MODEL_NAME_BYTES}")]
+    BadModelId(usize),
+}
+
+/// The number that names an image's content: weights, tokenizer, pooling and precision are all in its hash.
+fn fingerprint(content_hash: &[u8; 32]) -> u64 {
+    let mut first = [0; 8];
+    first.copy_from_slice(&content_hash[..8]);
+    u64::from_le_bytes(first)
+}
+
+/// Checks an image and reads from its header what clients are told.
+///
+/// # Errors
+/// [`ImageRefused`] naming what is wrong.
+pub(crate) fn check_image(
+    fd: BorrowedFd<'_>,
+    model_id: String,
+    image_bytes: u64,
+    backing: BackingKind,
+) -> Result<ImageFacts, ImageRefused> {
+    if model_id.is_empty() || model_id.len() > MAX_MODEL_NAME_BYTES {
+        return Err(ImageRefused::BadModelId(model_id.len()));
+    }
+    let kind = match backing {
+        BackingKind::SealedMemfd => image_backing::BackingKind::SealedMemfd,
+        BackingKind::ImageFile => image_backing::BackingKind::ImageFile,
+        BackingKind::PosixShm => image_backing::BackingKind::PosixShm,
+    };
+    let mapping = image_backing::map_published(fd, kind, image_bytes)?;
+    let Some(head) = mapping.as_bytes().first_chunk::<HEADER_BYTES>() else {
+        return Err(ImageError::TooShort { len_bytes: image_bytes }.into());
+    };
+    // Copied before it is parsed: a file may be changed by its owner while it is read.
+    let head = *head;
+    let header = CheckedHeader::parse(&head, image_bytes)?;
+    let values = header.values();
+    Ok(ImageFacts {
+        model_id,
+        output_dim: values.output_dim,
+        max_seq_tokens: values.max_seq_tokens,
+        image_bytes,
+        fingerprint: fingerprint(&values.content_hash),
+        content_hash: values.content_hash,
+        backing,
+    })
+}

@@ -1,0 +1,11 @@
+//! The I/O around the decisions: sockets, child processes, descriptors, time. Decides nothing but order and bounds of
+//! input and output.
+
+mod children;
+mod clients;
+mod connection;
+mod event_loop;
+mod images;
+mod perform;
+
+pub(crate) use event_loop::EventLoop;
