@@ -1,0 +1,208 @@
+//! Computes one batch: from texts to checked vectors and token spans, with every failure contained. Knows no lane, no
+//! queue, no clock.
+
+use crate::compute::{Compute, ComputeError, ModelFacts};
+use crate::job::Texts;
+use shm_layout::code::Code;
+use shm_layout::wire::Operation;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// Most tokens in one forward pass, unless a single text has more: bounds the activations in memory. The schedule's
+/// budget is an estimate; this is counted.
+pub(crate) const MAX_FORWARD_TOKENS: usize = 4096;
+
+/// Texts of one job that are computed now.
+#[derive(Debug)]
+pub(crate) struct Part<'a> {
+    pub(crate) operation: Operation,
+    pub(crate) texts: &'a Texts,
+    pub(crate) range: Range<usize>,
+}
+
+/// What became of a part.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Output {
+    /// One vector a text.
+    Rows(Vec<f32>),
+    /// One list of spans a text.
+    Spans(Vec<Vec<Range<usize>>>),
+}
+
+/// A computed batch.
+#[derive(Debug)]
+pub(crate) struct Computed {
+    /// One a part, in order. An error here is that part's own and says nothing about the others.
+    pub(crate) parts: Vec<Result<Output, ComputeError>>,
+    /// Tokens that went through the model.
+    pub(crate) tokens: u64,
+}
+
+/// The batch as a whole failed; which of its jobs is to blame is not known.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum BatchError {
+    /// The model panicked.
+    #[error("the computation panicked")]
+    Panicked,
+    /// The model refused.
+    #[error(transparent)]
+    Failed(#[from] ComputeError),
+}
+
+impl BatchError {
+    /// What a client is told whose job was alone in the batch.
+    pub(crate) fn to_compute_error(&self) -> ComputeError {
+        match self {
+            BatchError::Panicked => {
+                ComputeError::new(Code::Internal, "the computation of this input failed inside the engine")
+            }
+            BatchError::Failed(error) => error.clone(),
+        }
+    }
+}
+
+/// Computes the parts.
+pub(crate) fn compute<C: Compute>(
+    model: &C,
+    facts: &ModelFacts,
+    parts: &[Part<'_>],
+) -> Result<Computed, BatchError> {
+    // A model has no state that a panic can leave half changed: `probe` is asked before it is used again.
+    catch_unwind(AssertUnwindSafe(|| compute_uncaught(model, facts, parts)))
+        .map_err(|_| BatchError::Panicked)?
+}
+
+/// Whether the model still computes what it should.
+pub(crate) fn probe<C: Compute>(model: &C) -> Result<(), ComputeError> {
+    catch_unwind(AssertUnwindSafe(|| model.probe()))
+        .unwrap_or_else(|_| Err(ComputeError::new(Code::Internal, "the probe panicked")))
+}
+
+fn compute_uncaught<C: Compute>(
+    model: &C,
+    facts: &ModelFacts,
+    parts: &[Part<'_>],
+) -> Result<Computed, BatchError> {
+    let embed: Vec<&str> = parts
+        .iter()
+        .filter(|part| part.operation == Operation::Embed)
+        .flat_map(|part| part.range.clone().map(|text| part.texts.get(text)))
+        .collect();
+    let (values, tokens) = forward_all(model, facts, &embed)?;
+    let mut rows = values.chunks_exact(facts.dim);
+    let parts = parts
+        .iter()
+        .map(|part| match part.operation {
+            Operation::Embed => {
+                let mut values = Vec::with_capacity(part.range.len() * facts.dim);
+                rows.by_ref().take(part.range.len()).for_each(|row| values.extend_from_slice(row));
+                if values.iter().all(|value| value.is_finite()) {
+                    Ok(Output::Rows(values))
+                } else {
+                    Err(ComputeError::new(Code::BadResult, "a vector holds a number that is not finite"))
+                }
+            }
+            Operation::Tokenize => {
+                let spans = part.range.clone().map(|text| model.token_spans(part.texts.get(text)));
+                spans.collect::<Result<_, _>>().map(Output::Spans)
+            }
+        })
+        .collect();
+    Ok(Computed { parts, tokens })
+}
+
+/// Vectors of all texts, and the tokens they have.
+fn forward_all<C: Compute>(
+    model: &C,
+    facts: &ModelFacts,
+    texts: &[&str],
+) -> Result<(Vec<f32>, u64), ComputeError> {
+    if texts.is_empty() {
+        return Ok((Vec::new(), 0));
+    }
+    let contradiction = || {
+        ComputeError::new(Code::Internal, "the model gave another number of results than it was asked for")
+    };
+    let prepared = model.prepare(texts)?;
+    if prepared.len() != texts.len() {
+        return Err(contradiction());
+    }
+    let mut values = Vec::with_capacity(texts.len() * facts.dim);
+    let (mut from, mut total) = (0, 0);
+    while from < prepared.len() {
+        let (mut to, mut tokens) = (from, 0);
+        while to < prepared.len() {
+            let more = C::tokens(&prepared[to]);
+            if to > from && tokens + more > MAX_FORWARD_TOKENS {
+                break;
+            }
+            tokens += more;
+            to += 1;
+        }
+        let pass: Vec<&C::Prepared> = prepared[from..to].iter().collect();
+        let vectors = model.forward(&pass)?;
+        if vectors.dim != facts.dim || vectors.values.len() != pass.len() * facts.dim {
+            return Err(contradiction());
+        }
+        values.extend_from_slice(&vectors.values);
+        total += tokens as u64;
+        from = to;
+    }
+    Ok((values, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::double::Double;
+
+    fn part<'a>(operation: Operation, texts: &'a Texts, range: Range<usize>) -> Part<'a> {
+        Part { operation, texts, range }
+    }
+
+    fn texts(texts: &[&str]) -> Texts {
+        Texts::decode(&shm_layout::payload::encode_texts(texts).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn parts_get_what_they_would_get_alone() {
+        let model = Double::default();
+        let facts = model.facts();
+        let (a, b) = (texts(&["one", "two words", ""]), texts(&["grüße an alle", "x"]));
+        let long = texts(&["w ".repeat(3 * MAX_FORWARD_TOKENS).as_str()]);
+        let parts = [
+            part(Operation::Embed, &a, 1..3),
+            part(Operation::Tokenize, &b, 0..2),
+            part(Operation::Embed, &long, 0..1),
+            part(Operation::Embed, &b, 0..1),
+        ];
+        let together = compute(&model, &facts, &parts).unwrap();
+        let mut tokens = 0;
+        for (index, part) in parts.into_iter().enumerate() {
+            let alone = compute(&model, &facts, &[part]).unwrap();
+            assert_eq!(alone.parts[0], together.parts[index]);
+            tokens += alone.tokens;
+        }
+        assert_eq!(together.tokens, tokens);
+        let expected = b.get(0).split(' ').count();
+        assert!(matches!(&together.parts[1], Ok(Output::Spans(spans)) if spans[0].len() == expected));
+    }
+
+    #[test]
+    fn failures_stay_inside() {
+        let model = Double::default();
+        let facts = model.facts();
+        let bad = texts(&["fine", "NAN"]);
+        let parts = [part(Operation::Embed, &bad, 0..1), part(Operation::Embed, &bad, 1..2)];
+        let computed = compute(&model, &facts, &parts).unwrap();
+        assert!(computed.parts[0].is_ok());
+        assert_eq!(computed.parts[1].as_ref().unwrap_err().code, Code::BadResult);
+        let panics = texts(&["PANIC"]);
+        let outcome = compute(&model, &facts, &[part(Operation::Embed, &panics, 0..1)]);
+        assert_eq!(outcome.unwrap_err(), BatchError::Panicked);
+        let refuses = texts(&["REFUSE"]);
+        let outcome = compute(&model, &facts, &[part(Operation::Embed, &refuses, 0..1)]);
+        assert!(matches!(outcome, Err(BatchError::Failed(_))));
+        assert_eq!(probe(&model), Ok(()));
+    }
+}

@@ -1,0 +1,218 @@
+//! What the broker says, done. Runs on whichever thread read it, in the order in which it was sent.
+
+use crate::HostError;
+use crate::accept::{Offer, Refused};
+use crate::compute::{Compute, ComputeError, Loader, ReceivedImage};
+use crate::host::{FIRST_LANE_TOKEN, Host, MAX_RELAYED_INPUT_BYTES, Served, Wakes};
+use crate::job::Origin;
+use crate::lane::{Lane, LaneError, Permit};
+use crate::link::Farewell;
+use crate::schedule::Client;
+use shm_layout::code::Code;
+use shm_layout::limits::{MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES};
+use shm_layout::wire::{BackingKind, FromEngine, JobFrame, ToEngine};
+use shm_os::Interest;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+impl<L: Loader> Host<L> {
+    /// Reads and does everything that the broker has sent; ends the engine when the link is gone.
+    pub(crate) fn on_link(&self) {
+        let outcome = self.link.read(|message, fds| {
+            if let Err(error) = self.command(message, fds) {
+                self.stop(Err(error));
+            }
+        });
+        if let Err(error) = outcome {
+            self.stop(Err(error.into()));
+        }
+    }
+
+    fn command(&self, message: ToEngine, mut fds: Vec<OwnedFd>) -> Result<(), HostError> {
+        // The link gives as many descriptors as the message needs.
+        let missing = || HostError::Protocol("a message came without its descriptors");
+        match message {
+            ToEngine::LoadModel { generation, image_bytes, backing } => {
+                self.load_model(generation, image_bytes, backing, fds.pop().ok_or_else(missing)?);
+            }
+            ToEngine::UnloadModel { generation } => self.unload_model(generation),
+            ToEngine::AddLane { lane_id, generation } => {
+                let bell = fds.pop().ok_or_else(missing)?;
+                let region = fds.pop().ok_or_else(missing)?;
+                self.add_lane(lane_id, generation, &region, bell);
+            }
+            ToEngine::DropLane { lane_id } => self.drop_lane(lane_id),
+            ToEngine::Job { relay_id, session_id, generation, attempts, job } => {
+                self.relayed_job(relay_id, session_id, generation, attempts, job);
+            }
+            ToEngine::CancelJob { relay_id } => self.cancel_relayed(relay_id),
+            ToEngine::Drain => self.drain(),
+            ToEngine::Totals => self.link.send(&FromEngine::Totals(self.totals())),
+        }
+        Ok(())
+    }
+
+    fn load_model(&self, generation: u64, len_bytes: u64, backing: BackingKind, fd: OwnedFd) {
+        if self.state().models.contains_key(&generation) {
+            return self.link.send(&FromEngine::ModelReady { generation });
+        }
+        let image = ReceivedImage { fd, len_bytes, backing };
+        let loaded = catch_unwind(AssertUnwindSafe(|| {
+            let model = self.loader.load(image)?;
+            let facts = model.facts();
+            if facts.dim == 0 {
+                return Err(ComputeError::new(Code::ModelInvalid, "the model gives vectors without numbers"));
+            }
+            Ok((model, facts))
+        }))
+        .unwrap_or_else(|_| Err(ComputeError::new(Code::ModelInvalid, "loading the model's image panicked")));
+        match loaded {
+            Ok((model, facts)) => {
+                let farewell = Farewell::new(&self.link, FromEngine::ModelUnloaded { generation });
+                let served = Arc::new(Served { model, facts, farewell });
+                self.state().models.insert(generation, served);
+                self.link.send(&FromEngine::ModelReady { generation });
+            }
+            Err(ComputeError { code, mut message }) => {
+                message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+                self.link.send(&FromEngine::ModelFailed { generation, code, message });
+            }
+        }
+    }
+
+    /// Jobs that wait for the model are refused; a batch that runs ends first.
+    fn unload_model(&self, generation: u64) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let served = state.models.remove(&generation);
+        let keys = state.schedule.remove_generation(generation);
+        let jobs: Vec<_> = keys.iter().filter_map(|key| state.jobs.remove(key)).collect();
+        drop(guard);
+        let mut wakes = Wakes::default();
+        for job in jobs {
+            self.give_up(job, Code::ModelUnavailable, &mut wakes);
+        }
+        wakes.fire();
+        match served {
+            Some(served) => served.farewell.announce(),
+            None => self.link.send(&FromEngine::ModelUnloaded { generation }),
+        }
+    }
+
+    fn add_lane(&self, lane_id: u64, generation: u64, region: &OwnedFd, bell: OwnedFd) {
+        let refuse = |message: String| {
+            tracing::warn!(lane_id, message, "a lane cannot be served");
+            self.link.send(&FromEngine::LaneFault { lane_id, message });
+        };
+        let Some(token) = lane_id.checked_add(FIRST_LANE_TOKEN) else {
+            return refuse("the lane's number is out of range".into());
+        };
+        if self.state().lanes.contains_key(&lane_id) {
+            return refuse("the lane is served already".into());
+        }
+        let farewell = Farewell::new(&self.link, FromEngine::LaneDropped { lane_id });
+        let (lane, recovered) = match Lane::adopt(lane_id, generation, region.as_fd(), bell, farewell) {
+            Ok((lane, recovered)) => (Arc::new(lane), recovered),
+            Err(LaneError::Fault(fault)) => return refuse(fault.to_string()),
+            Err(error) => return refuse(format!("the lane cannot be served: {error}")),
+        };
+        let mut state = self.state();
+        state.lanes.insert(lane_id, Arc::clone(&lane));
+        // What waits in its ring is taken, and the bell is armed, when the lane's turn comes.
+        if !state.draining {
+            state.unarmed.push_back(lane_id);
+        }
+        state.accepting += 1;
+        drop(state);
+        if let Err(error) = self.poller.add(lane.bell(), token, Interest::DOORBELL) {
+            self.forget_faulty(&lane, &format!("the lane's bell cannot be watched: {error}"));
+        } else if !recovered.is_empty() {
+            tracing::info!(lane_id, jobs = recovered.len(), "took over jobs of a dead engine");
+            self.accept_from_lane(&lane, recovered);
+        }
+        self.state().accepting -= 1;
+    }
+
+    fn drop_lane(&self, lane_id: u64) {
+        if let Some((lane, jobs)) = self.retire(lane_id) {
+            lane.announce_unmapping();
+            // The last holder of the lane speaks: here, or the thread whose batch has a job of it.
+            drop(jobs);
+            return;
+        }
+        let faulted = self.state().faulted.remove(&lane_id);
+        match faulted.and_then(|lane| lane.upgrade()) {
+            Some(lane) => lane.announce_unmapping(),
+            None => self.link.send(&FromEngine::LaneDropped { lane_id }),
+        }
+    }
+
+    fn relayed_job(&self, relay_id: u64, session_id: u64, generation: u64, attempts: u32, job: JobFrame) {
+        let state = self.state();
+        let (is_known, draining) = (state.relayed.contains_key(&relay_id), state.draining);
+        drop(state);
+        if is_known {
+            // One answer a job: the first one's.
+            tracing::warn!(relay_id, "the broker sent a job twice");
+            return;
+        }
+        let origin = Origin::Relay { relay_id, cancelled: Arc::new(AtomicBool::new(false)) };
+        if draining {
+            return self.refuse_all(vec![Refused::new(origin, Code::ShuttingDown)]);
+        }
+        let bytes = job.payload;
+        let permit = Permit::acquire(&self.relayed_bytes, bytes.len(), MAX_RELAYED_INPUT_BYTES);
+        let offer = Offer {
+            client: Client::Session(session_id),
+            origin,
+            operation: Some(job.operation),
+            priority: job.priority,
+            generation,
+            deadline_ns: job.deadline_ns,
+            attempts,
+            output_capacity_bytes: MAX_PAYLOAD_BYTES,
+            input: permit.map(|permit| (bytes, permit)),
+        };
+        self.accept(generation, std::iter::once(offer));
+    }
+
+    fn cancel_relayed(&self, relay_id: u64) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let Some(relayed) = state.relayed.get(&relay_id) else { return };
+        // If its batch runs, the thread that computes sees this before it answers or puts the job back.
+        relayed.cancelled.store(true, Ordering::Relaxed);
+        let Some(job) = state.jobs.remove(&relayed.key) else { return };
+        state.schedule.remove(relayed.client, relayed.priority, relayed.key);
+        drop(guard);
+        self.give_up(job, Code::Cancelled, &mut Wakes::default());
+    }
+
+    /// Takes what the lanes hold now as accepted; what comes later stays in the lanes for the next engine.
+    fn drain(&self) {
+        let mut state = self.state();
+        if state.draining {
+            return;
+        }
+        state.draining = true;
+        state.unarmed.clear();
+        state.accepting += 1;
+        let lanes: Vec<Arc<Lane>> = state.lanes.values().cloned().collect();
+        drop(state);
+        for lane in lanes {
+            let mut taken = Vec::new();
+            // Ends: a lane has a bounded number of cells, and none is used again before its answer is posted.
+            while lane.drain(&mut taken).unwrap_or_else(|fault| {
+                self.forget_faulty(&lane, &fault.to_string());
+                false
+            }) {}
+            if !lane.has_departed() {
+                self.accept_from_lane(&lane, taken);
+            }
+        }
+        self.state().accepting -= 1;
+        self.stop_when_drained();
+    }
+}

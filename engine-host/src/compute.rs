@@ -1,0 +1,104 @@
+//! What the host needs of whatever computes: two small traits, so that everything else here is written and tested
+//! without a model. No lane, no queue and no schedule is known here.
+
+use shm_layout::code::Code;
+use shm_layout::wire::BackingKind;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+
+/// What the host must know of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelFacts {
+    /// Numbers in a vector, at least 1.
+    pub dim: usize,
+    /// Longest input in tokens, special tokens counted; longer texts are cut.
+    pub max_seq_tokens: usize,
+    /// Names weights, tokenizer, pooling and precision; stands in every answer.
+    pub fingerprint: u64,
+}
+
+/// Why something was not computed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct ComputeError {
+    /// What the client is told.
+    pub code: Code,
+    /// What the client is told in words: no path, no address, nothing of other clients.
+    pub message: String,
+}
+
+impl ComputeError {
+    /// An error with a code and a message.
+    #[must_use]
+    pub fn new(code: Code, message: impl Into<String>) -> ComputeError {
+        ComputeError { code, message: message.into() }
+    }
+}
+
+/// Vectors, one after the other.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Vectors {
+    /// Numbers in a vector.
+    pub dim: usize,
+    /// `texts × dim` numbers.
+    pub values: Vec<f32>,
+}
+
+/// A loaded model. It may panic: the host catches it and asks [`Compute::probe`] before it goes on.
+pub trait Compute: Send + Sync + 'static {
+    /// A text made ready: its token ids.
+    type Prepared;
+
+    /// What the model is; the same at every call.
+    fn facts(&self) -> ModelFacts;
+
+    /// Tokenizes texts for [`Compute::forward`]; one result a text, in order.
+    ///
+    /// # Errors
+    /// [`ComputeError`] for all of them.
+    fn prepare(&self, texts: &[&str]) -> Result<Vec<Self::Prepared>, ComputeError>;
+
+    /// Tokens of a prepared text, special tokens counted.
+    fn tokens(prepared: &Self::Prepared) -> usize;
+
+    /// Computes one vector a text. A text's vector must not depend on its company.
+    ///
+    /// # Errors
+    /// [`ComputeError`] for all of them.
+    fn forward(&self, prepared: &[&Self::Prepared]) -> Result<Vectors, ComputeError>;
+
+    /// Byte ranges of a text's tokens, without special tokens and without truncation.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    fn token_spans(&self, text: &str) -> Result<Vec<Range<usize>>, ComputeError>;
+
+    /// Computes something known and compares; asked after a failure, before anything else is computed.
+    ///
+    /// # Errors
+    /// [`ComputeError`] when the model no longer computes what it should.
+    fn probe(&self) -> Result<(), ComputeError>;
+}
+
+/// An image as the broker hands it over; nothing of it is checked yet.
+#[derive(Debug)]
+pub struct ReceivedImage {
+    /// Its read-only descriptor.
+    pub fd: OwnedFd,
+    /// What the broker says its size is.
+    pub len_bytes: u64,
+    /// What the broker says it lies in.
+    pub backing: BackingKind,
+}
+
+/// Makes models of images.
+pub trait Loader: Send + Sync + 'static {
+    /// The model.
+    type Model: Compute;
+
+    /// Checks, maps and loads an image. Milliseconds: nothing is copied.
+    ///
+    /// # Errors
+    /// [`ComputeError`] with the code that a client is told.
+    fn load(&self, image: ReceivedImage) -> Result<Self::Model, ComputeError>;
+}

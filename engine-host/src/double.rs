@@ -1,0 +1,158 @@
+//! A model for tests: cheap, deterministic, and able to misbehave on request. Shared with the integration tests.
+
+use crate::compute::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
+use shm_layout::code::Code;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+/// Numbers in a vector.
+pub(crate) const DIM: usize = 4;
+/// Longest input in tokens.
+pub(crate) const MAX_SEQ_TOKENS: usize = 512;
+/// Fingerprint in every answer.
+pub(crate) const FINGERPRINT: u64 = 0xd0b1e;
+
+/// What a text's vector must be, on every route and in any company.
+pub(crate) fn vector_of(text: &str) -> [f32; DIM] {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for byte in text.bytes() {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    std::array::from_fn(|i| ((hash >> (16 * i)) & 0xffff) as f32 / 65536.0)
+}
+
+/// What a text's spans must be: the pieces between spaces.
+pub(crate) fn spans_of(text: &str) -> Vec<Range<usize>> {
+    let mut at = 0;
+    text.split(' ')
+        .map(|piece| {
+            let start = at;
+            at += piece.len() + 1;
+            start..start + piece.len()
+        })
+        .collect()
+}
+
+/// Holds computations of the text `GATE` until it is opened, and says when one has arrived.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    state: Mutex<(bool, usize)>,
+    changed: Condvar,
+}
+
+#[allow(dead_code, reason = "each test target uses its part")]
+impl Gate {
+    pub(crate) fn open(&self) {
+        self.state.lock().unwrap().0 = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until a computation stands at the gate.
+    pub(crate) fn wait_for_arrival(&self) {
+        let mut state = self.state.lock().unwrap();
+        while state.1 == 0 {
+            state = self.changed.wait(state).unwrap();
+        }
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.1 += 1;
+        self.changed.notify_all();
+        while !state.0 {
+            state = self.changed.wait(state).unwrap();
+        }
+    }
+}
+
+/// The model.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Double {
+    pub(crate) gate: Arc<Gate>,
+    /// The texts of every forward pass, in order.
+    pub(crate) passes: Arc<Mutex<Vec<Vec<String>>>>,
+    pub(crate) broken: Arc<AtomicBool>,
+    /// Says on standard output that a pass begins: for tests that kill this process in the middle of one.
+    pub(crate) says_passes: bool,
+}
+
+impl Compute for Double {
+    type Prepared = String;
+
+    fn facts(&self) -> ModelFacts {
+        ModelFacts { dim: DIM, max_seq_tokens: MAX_SEQ_TOKENS, fingerprint: FINGERPRINT }
+    }
+
+    fn prepare(&self, texts: &[&str]) -> Result<Vec<String>, ComputeError> {
+        Ok(texts.iter().map(|text| (*text).to_owned()).collect())
+    }
+
+    fn tokens(prepared: &String) -> usize {
+        2 + prepared.split(' ').count()
+    }
+
+    fn forward(&self, prepared: &[&String]) -> Result<Vectors, ComputeError> {
+        self.passes.lock().unwrap().push(prepared.iter().map(|text| (*text).clone()).collect());
+        if self.says_passes {
+            println!("pass {}", prepared.iter().map(|text| text.as_str()).collect::<Vec<_>>().join("|"));
+        }
+        let mut values = Vec::new();
+        for text in prepared {
+            match text.as_str() {
+                "PANIC" => panic!("asked to panic"),
+                "BREAK" => {
+                    self.broken.store(true, Ordering::Relaxed);
+                    panic!("asked to break");
+                }
+                "REFUSE" => return Err(ComputeError::new(Code::BadPayload, "asked to refuse")),
+                "ABORT" => std::process::abort(),
+                "GATE" => self.gate.pass(),
+                _ => {}
+            }
+            if text.as_str() == "NAN" {
+                values.extend([f32::NAN; DIM]);
+            } else {
+                values.extend(vector_of(text));
+            }
+        }
+        Ok(Vectors { dim: DIM, values })
+    }
+
+    fn token_spans(&self, text: &str) -> Result<Vec<Range<usize>>, ComputeError> {
+        Ok(spans_of(text))
+    }
+
+    fn probe(&self) -> Result<(), ComputeError> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(ComputeError::new(Code::BadResult, "asked to break"));
+        }
+        Ok(())
+    }
+}
+
+/// Gives the same model for every image, except for images of these sizes.
+#[allow(dead_code, reason = "each test target uses its part")]
+#[derive(Debug, Default)]
+pub(crate) struct DoubleLoader {
+    pub(crate) model: Double,
+}
+
+/// An image of this size is refused.
+#[allow(dead_code, reason = "each test target uses its part")]
+pub(crate) const REFUSED_IMAGE_BYTES: u64 = 13;
+/// Loading an image of this size panics.
+#[allow(dead_code, reason = "each test target uses its part")]
+pub(crate) const PANICKING_IMAGE_BYTES: u64 = 14;
+
+impl Loader for DoubleLoader {
+    type Model = Double;
+
+    fn load(&self, image: ReceivedImage) -> Result<Double, ComputeError> {
+        match image.len_bytes {
+            REFUSED_IMAGE_BYTES => Err(ComputeError::new(Code::ModelInvalid, "asked to refuse")),
+            PANICKING_IMAGE_BYTES => panic!("asked to panic"),
+            _ => Ok(self.model.clone()),
+        }
+    }
+}
