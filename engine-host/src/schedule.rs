@@ -42,6 +42,8 @@ pub(crate) const INTERACTIVE_MEMORY_NS: u64 = 1_000_000_000;
 const FIRST_RATE_US: f64 = 60.0;
 /// Measured times per unit of cost are held between these, in µs.
 const RATE_RANGE_US: (f64, f64) = (0.02, 1_000_000.0);
+/// Batches of less cost say only how long a unit takes at most: most of their time is spent once a batch.
+const FULL_MEASURE_COST: u64 = 64;
 /// Weight of the newest measurement in the mean.
 const RATE_WEIGHT: f64 = 0.25;
 
@@ -293,10 +295,10 @@ impl Schedule {
         if batch.cost > 0 {
             let (least_us, most_us) = RATE_RANGE_US;
             let measured_us = (elapsed_us / batch.cost as f64).clamp(least_us, most_us);
-            self.rates_us
-                .entry((batch.generation, batch.priority))
-                .and_modify(|rate_us| *rate_us += (measured_us - *rate_us) * RATE_WEIGHT)
-                .or_insert(measured_us);
+            let rate_us = self.rates_us.entry((batch.generation, batch.priority)).or_insert(FIRST_RATE_US);
+            if batch.cost >= FULL_MEASURE_COST || measured_us < *rate_us {
+                *rate_us += (measured_us - *rate_us) * RATE_WEIGHT;
+            }
         }
     }
 }

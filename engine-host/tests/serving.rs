@@ -109,7 +109,8 @@ fn a_panic_hits_only_the_job_that_causes_it() {
     a.check_vectors();
     b.check_vectors();
     let passes = rig.model.passes.lock().unwrap().clone();
-    assert!(passes.iter().any(|pass| pass.len() == 4), "they did share a batch: {passes:?}");
+    let shared = |pass: &Vec<String>| pass.len() > 1 && pass.contains(&"PANIC".to_owned());
+    assert!(passes.iter().any(shared), "it did share a batch: {passes:?}");
     assert!(passes.contains(&vec!["PANIC".to_owned()]), "and the guilty one was found alone: {passes:?}");
 }
 

@@ -143,7 +143,7 @@ impl Client {
             priority,
             deadline_ns,
             input: &[&payload],
-            output_capacity_bytes: 16 * 1024,
+            output_capacity_bytes: 4096,
         })?;
         self.asked.insert(ticket, texts.iter().map(|text| (*text).to_owned()).collect());
         Ok(ticket)
