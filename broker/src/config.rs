@@ -191,4 +191,5 @@ impl Default for Limits {
     }
 }
 
-const _: () = assert!(10 > shm_layout::limits::MAX_JOB_ATTEMPTS, "engine_free_restarts must outlast a job's attempts");
+const _: () =
+    assert!(10 > shm_layout::limits::MAX_JOB_ATTEMPTS, "engine_free_restarts must outlast a job's attempts");

@@ -51,7 +51,8 @@ pub fn run(mut config: BrokerConfig) -> Result<(), BrokerError> {
     let (signals, _registered) = StopSignals::register()?;
     let listener = bind_listener(&config.socket_path)?;
     listener.set_nonblocking(true)?;
-    let opened = config.allow_other_users.then(|| OpenedFolder::open(&run_dir, &config.socket_path)).transpose()?;
+    let opened =
+        config.allow_other_users.then(|| OpenedFolder::open(&run_dir, &config.socket_path)).transpose()?;
     let on_ready = config.on_ready.take();
     let socket_path = config.socket_path.clone();
     let event_loop = EventLoop::new(config, listener, signals)?;
@@ -131,8 +132,9 @@ impl Drop for StopSignals {
 
 /// Lets the broker have as many descriptors as it may.
 fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
+    });
     if let Err(errno) = raised {
         warn!("the limit of open descriptors could not be raised: {errno}");
     }

@@ -60,7 +60,8 @@ impl Core {
             return refusal(Code::ShuttingDown, "the broker is leaving and grants nothing new".into(), 100);
         }
         if wish.model.len() > MAX_MODEL_NAME_BYTES {
-            let message = format!("a model name of {} bytes; the limit is {MAX_MODEL_NAME_BYTES}", wish.model.len());
+            let message =
+                format!("a model name of {} bytes; the limit is {MAX_MODEL_NAME_BYTES}", wish.model.len());
             return refusal(Code::TooLarge, message, 0);
         }
         // The name becomes an argument of the loader: it must not be read as an option there.
@@ -125,9 +126,14 @@ impl Core {
         }
         let (_, lanes) = self.leases.count(session);
         let reached = if lanes >= self.limits().max_lanes_per_session {
-            Some(format!("this session has {lanes} lanes, the limit; release some, or share one between threads"))
+            Some(format!(
+                "this session has {lanes} lanes, the limit; release some, or share one between threads"
+            ))
         } else if self.lanes.len() >= self.limits().max_lanes {
-            Some(format!("{} lanes exist, the limit; try again later, or send jobs as frames", self.lanes.len()))
+            Some(format!(
+                "{} lanes exist, the limit; try again later, or send jobs as frames",
+                self.lanes.len()
+            ))
         } else {
             None
         };
@@ -142,7 +148,7 @@ impl Core {
         self.actions.push(Action::MakeLane { lane_id });
     }
 
-    pub(super) fn lane_made(&mut self, now_ns: u64, lane_id: u64, outcome: Result<(), String>) {
+    pub(super) fn lane_made(&mut self, lane_id: u64, outcome: Result<(), String>) {
         let Some(Lane { session, lease_id, generation, state: LaneState::Making { request_id, want_image } }) =
             self.lanes.get(lane_id)
         else {
@@ -154,12 +160,10 @@ impl Core {
             warn!(session, "a lane could not be made: {why}");
             self.lanes.remove(lane_id);
             self.leases.end(session, lease_id);
-            self.retire_if_unused(generation);
             let message = "the broker is out of memory or descriptors for a lane; try again later, or send jobs as frames";
             self.refuse(session, request_id, Code::TooMany, message, RETRY_LIMIT_MS);
             return;
         }
-        let _ = now_ns;
         self.lanes.set(lane_id, LaneState::Live { in_engine: false });
         // The engine first: the lane is served from the moment that the client has it.
         if self.models.images.get(&generation).is_some_and(|image| image.engine == EngineSide::Ready) {
@@ -174,7 +178,15 @@ impl Core {
         self.tell_engine(ToEngine::AddLane { lane_id, generation }, vec![Attachment::Lane(lane_id)]);
     }
 
-    fn send_lease(&mut self, session: u64, request_id: u64, lease_id: u64, generation: u64, lane: Option<u64>, image: bool) {
+    fn send_lease(
+        &mut self,
+        session: u64,
+        request_id: u64,
+        lease_id: u64,
+        generation: u64,
+        lane: Option<u64>,
+        image: bool,
+    ) {
         let Some(model) = self.models.images.get(&generation).map(|i| i.description.clone()) else { return };
         let mut attachments = Vec::new();
         attachments.extend(lane.map(Attachment::Lane));
@@ -225,7 +237,9 @@ impl Core {
             Finished::Unknown => self.actions.push(Action::DiscardImage { load_id }),
             Finished::Known { entry } => {
                 self.actions.push(Action::DiscardImage { load_id });
-                if let Some(EntryState::Loaded { generation }) = self.models.entries.get(&entry).map(|e| e.state.clone()) {
+                if let Some(EntryState::Loaded { generation }) =
+                    self.models.entries.get(&entry).map(|e| e.state.clone())
+                {
                     self.grant_waiters(now_ns, generation);
                 }
             }
@@ -260,7 +274,9 @@ impl Core {
     /// Marks a model as failed and tells those who wait for it.
     pub(super) fn fail_model(&mut self, now_ns: u64, entry: u64, refusal: Refusal) {
         let waiters = self.models.fail(entry, refusal, now_ns, &self.config.limits);
-        let Some(EntryState::Failed { refusal, .. }) = self.models.entries.get(&entry).map(|e| e.state.clone()) else {
+        let Some(EntryState::Failed { refusal, .. }) =
+            self.models.entries.get(&entry).map(|e| e.state.clone())
+        else {
             return;
         };
         self.refuse_waiters(waiters, &refusal);
@@ -276,8 +292,10 @@ impl Core {
 
     pub(super) fn waiters_overdue(&mut self, now_ns: u64) {
         let late = self.models.take_waiters(|w| w.deadline_ns <= now_ns);
-        let message = "the model was not ready within the wait that was asked for; it goes on loading, ask again";
-        let refusal = Refusal { code: Code::LoadTimeout, message: message.into(), retry_after_ms: RETRY_LIMIT_MS };
+        let message =
+            "the model was not ready within the wait that was asked for; it goes on loading, ask again";
+        let refusal =
+            Refusal { code: Code::LoadTimeout, message: message.into(), retry_after_ms: RETRY_LIMIT_MS };
         self.refuse_waiters(late, &refusal);
     }
 
@@ -293,7 +311,8 @@ impl Core {
             .collect();
         for load_id in late {
             self.actions.push(Action::KillLoader { load_id });
-            let message = format!("the load took longer than {} s, the limit", self.limits().load_timeout.as_secs());
+            let message =
+                format!("the load took longer than {} s, the limit", self.limits().load_timeout.as_secs());
             self.load_failed(now_ns, load_id, Code::ModelLoadError, message);
         }
     }

@@ -1,6 +1,7 @@
 //! What a client's frame leads to, and what the end of a session leads to.
 
 use super::lanes::LaneState;
+use super::models::EngineSide;
 use super::{Action, Core, nanos};
 use shm_layout::code::Code;
 use shm_layout::lane::LAYOUT_HASH;
@@ -19,7 +20,11 @@ impl Core {
             let message = "this broker serves the user who started it only; start a broker of your own";
             Some((Code::PermissionDenied, message.to_owned(), 0))
         } else if self.leaving.has_begun() {
-            Some((Code::ShuttingDown, "the broker is leaving; connect again in a moment".to_owned(), RETRY_SOON_MS))
+            Some((
+                Code::ShuttingDown,
+                "the broker is leaving; connect again in a moment".to_owned(),
+                RETRY_SOON_MS,
+            ))
         } else if self.sessions.len() >= self.limits().max_sessions {
             warn!(pid, "refused a session: limit reached");
             let message = format!("{} sessions are open, the limit; close some first", self.sessions.len());
@@ -33,13 +38,14 @@ impl Core {
             return;
         }
         let hello_deadline_ns = now_ns.saturating_add(nanos(self.limits().hello_timeout));
-        self.sessions.insert(session, pid, now_ns, hello_deadline_ns);
+        self.sessions.insert(session, pid, uid, now_ns, hello_deadline_ns);
         self.idle_since_ns = None;
     }
 
     pub(super) fn client(&mut self, now_ns: u64, session: u64, request_id: u64, message: ClientMessage) {
         let Some(known) = self.sessions.get(session) else { return };
         let is_open = known.hello_deadline_ns.is_none();
+        let is_owner = known.uid == self.config.own_uid;
         match (is_open, message) {
             (false, ClientMessage::Hello(hello)) => self.hello(now_ns, session, request_id, &hello),
             (false, _) => self.fault(now_ns, session, Code::BadState, "the first message must be Hello"),
@@ -47,10 +53,16 @@ impl Core {
                 self.fault(now_ns, session, Code::BadState, "a session says Hello once");
             }
             (true, ClientMessage::Acquire(wish)) => self.acquire(now_ns, session, request_id, wish),
-            (true, ClientMessage::Release { lease_id }) => self.release(now_ns, session, request_id, lease_id),
+            (true, ClientMessage::Release { lease_id }) => {
+                self.release(now_ns, session, request_id, lease_id)
+            }
             (true, ClientMessage::Submit(job)) => self.submit(now_ns, session, request_id, job),
             (true, ClientMessage::Cancel { job_id }) => self.cancel(session, job_id),
             (true, ClientMessage::Status) => self.status_wanted(now_ns, session, request_id),
+            (true, ClientMessage::Shutdown { .. }) if !is_owner => {
+                let message = "only the user who started the broker can end it";
+                self.refuse(session, request_id, Code::PermissionDenied, message, 0);
+            }
             (true, ClientMessage::Shutdown { drain_ms }) => {
                 info!(session, drain_ms, "a client asks the broker to leave");
                 self.send(session, request_id, BrokerMessage::ShuttingDown);
@@ -105,7 +117,11 @@ impl Core {
         let Some(known) = self.sessions.get(session) else { return };
         self.faults += 1;
         warn!(session, pid = known.pid, client = known.client_name, %code, "client fault: {message}");
-        self.close_session(now_ns, session, Refusal { code, message: super::cut(message.to_owned()), retry_after_ms: 0 });
+        self.close_session(
+            now_ns,
+            session,
+            Refusal { code, message: super::cut(message.to_owned()), retry_after_ms: 0 },
+        );
     }
 
     /// Tells a session why it ends, and ends it.
@@ -152,7 +168,6 @@ impl Core {
         {
             entry.last_use_ns = now_ns;
         }
-        self.retire_if_unused(lease.generation);
         true
     }
 
@@ -168,16 +183,18 @@ impl Core {
         self.actions.push(Action::CloseLane { lane_id });
     }
 
-    /// Lets go of a generation that is not the current one of its model and that nobody uses any more.
-    pub(super) fn retire_if_unused(&mut self, generation: u64) {
-        if self.models.is_current(generation) || self.leases.holds(generation) || self.relay.uses(generation) {
-            return;
+    /// Lets go of generations that are not the current ones of their models and that nobody uses any more.
+    pub(super) fn retire_unused(&mut self) {
+        let superseded = self.models.images.keys().copied().filter(|generation| !self.models.is_current(*generation));
+        let unused: Vec<u64> =
+            superseded.filter(|generation| !self.leases.holds(*generation) && !self.relay.uses(*generation)).collect();
+        for generation in unused {
+            let Some(image) = self.models.images.remove(&generation) else { continue };
+            info!(model = image.description.model_id, generation, "generation let go");
+            if matches!(image.engine, EngineSide::Sent | EngineSide::Ready) {
+                self.tell_engine(ToEngine::UnloadModel { generation }, Vec::new());
+            }
+            self.actions.push(Action::CloseImage { generation });
         }
-        let Some(image) = self.models.images.remove(&generation) else { return };
-        info!(model = image.description.model_id, generation, "generation let go");
-        if matches!(image.engine, super::models::EngineSide::Sent | super::models::EngineSide::Ready) {
-            self.tell_engine(ToEngine::UnloadModel { generation }, Vec::new());
-        }
-        self.actions.push(Action::CloseImage { generation });
     }
 }

@@ -1,9 +1,9 @@
 //! Jobs on the socket. A submitted job is either refused (`Refused`, nothing was taken) or accepted; an accepted one gets
 //! exactly one `Answer`, whatever happens to engines, unless its session ends first.
 
+use super::Core;
 use super::models::{EngineSide, EntryState};
 use super::relay::JobState;
-use super::Core;
 use shm_layout::code::Code;
 use shm_layout::limits::{MAX_JOB_ATTEMPTS, MAX_PAYLOAD_BYTES};
 use shm_layout::wire::{AnswerFrame, BrokerMessage, JobFrame, ToEngine};
@@ -15,7 +15,9 @@ const RETRY_OVERLOADED_MS: u32 = 20;
 impl Core {
     pub(super) fn submit(&mut self, now_ns: u64, session: u64, request_id: u64, job: JobFrame) {
         match self.admit_job(now_ns, session, &job) {
-            Err((code, message, retry_after_ms)) => self.refuse(session, request_id, code, message, retry_after_ms),
+            Err((code, message, retry_after_ms)) => {
+                self.refuse(session, request_id, code, message, retry_after_ms)
+            }
             Ok(generation) => {
                 let relay_id = self.relay.take(session, request_id, generation, job);
                 self.send_job(now_ns, relay_id);
@@ -28,7 +30,11 @@ impl Core {
             return Err((Code::ShuttingDown, "the broker is leaving and takes no new jobs".into(), 100));
         }
         let Some(lease) = self.leases.get(session, job.lease_id) else {
-            return Err((Code::Stale, format!("this session holds no lease {}; acquire one", job.lease_id), 0));
+            return Err((
+                Code::Stale,
+                format!("this session holds no lease {}; acquire one", job.lease_id),
+                0,
+            ));
         };
         if job.payload.len() > MAX_PAYLOAD_BYTES {
             let message = format!(
@@ -41,7 +47,8 @@ impl Core {
             return Err((Code::DeadlineExceeded, "the deadline had passed when the job arrived".into(), 0));
         }
         if self.relay.knows(session, job.job_id) {
-            let message = format!("a job {} of this session is in flight; give each job another id", job.job_id);
+            let message =
+                format!("a job {} of this session is in flight; give each job another id", job.job_id);
             return Err((Code::BadState, message, 0));
         }
         if let Err(reached) = self.relay.admit(session, job.payload.len(), self.limits()) {
@@ -64,7 +71,11 @@ impl Core {
         match image.engine {
             EngineSide::Ready => {
                 if job.frame.deadline_ns != 0 && job.frame.deadline_ns <= now_ns {
-                    self.answer_here(relay_id, Code::DeadlineExceeded, "the deadline passed before an engine was free");
+                    self.answer_here(
+                        relay_id,
+                        Code::DeadlineExceeded,
+                        "the deadline passed before an engine was free",
+                    );
                     return;
                 }
                 let message = ToEngine::Job {
@@ -115,7 +126,6 @@ impl Core {
             debug!(relay_id = answer.job_id, "an answer to a job that is no longer waited for");
             return;
         };
-        self.retire_if_unused(job.generation);
         let Some(session) = job.session else { return };
         let answer = AnswerFrame { job_id: job.frame.job_id, ..answer };
         self.send(session, job.request_id, BrokerMessage::Answer(answer));
@@ -132,8 +142,12 @@ impl Core {
         for relay_id in self.relay.engine_gone() {
             let Some(job) = self.relay.get(relay_id) else { continue };
             if job.attempts >= MAX_JOB_ATTEMPTS {
-                warn!(session = job.session, "a job was running each time {MAX_JOB_ATTEMPTS} engines died; it is given up");
-                let message = format!("an engine died each of the {MAX_JOB_ATTEMPTS} times that this job was running");
+                warn!(
+                    session = job.session,
+                    "a job was running each time {MAX_JOB_ATTEMPTS} engines died; it is given up"
+                );
+                let message =
+                    format!("an engine died each of the {MAX_JOB_ATTEMPTS} times that this job was running");
                 self.answer_here(relay_id, Code::JobCrashedEngine, &message);
             } else {
                 self.answer_here(relay_id, Code::Cancelled, "cancelled");
@@ -146,8 +160,16 @@ impl Core {
             return;
         }
         for relay_id in self.relay.held() {
-            if self.relay.get(relay_id).is_some_and(|j| j.frame.deadline_ns != 0 && j.frame.deadline_ns <= now_ns) {
-                self.answer_here(relay_id, Code::DeadlineExceeded, "the deadline passed before an engine was free");
+            if self
+                .relay
+                .get(relay_id)
+                .is_some_and(|j| j.frame.deadline_ns != 0 && j.frame.deadline_ns <= now_ns)
+            {
+                self.answer_here(
+                    relay_id,
+                    Code::DeadlineExceeded,
+                    "the deadline passed before an engine was free",
+                );
             }
         }
     }

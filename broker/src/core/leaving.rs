@@ -101,7 +101,10 @@ impl Core {
             Leaving::Draining { deadline_ns, engine_finished } => {
                 if now_ns >= deadline_ns {
                     if self.unfinished() {
-                        warn!(jobs = self.relay.len(), "time to finish is over; leaving with work unfinished");
+                        warn!(
+                            jobs = self.relay.len(),
+                            "time to finish is over; leaving with work unfinished"
+                        );
                     }
                     self.leave_now(now_ns);
                 } else if !self.relay.owes() && (engine_finished || self.lanes.live().next().is_none()) {
@@ -128,7 +131,10 @@ impl Core {
 
     fn leave_now(&mut self, now_ns: u64) {
         self.answer_status(now_ns);
-        self.answer_all(Code::ShuttingDown, "the broker left before the job was done; send it to its successor");
+        self.answer_all(
+            Code::ShuttingDown,
+            "the broker left before the job was done; send it to its successor",
+        );
         self.actions.push(Action::Exit);
         self.leaving = Leaving::Done;
     }

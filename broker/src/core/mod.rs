@@ -93,6 +93,7 @@ impl Core {
         if !self.leaving.is_done() {
             self.dispatch(now_ns, event);
             self.timers(now_ns);
+            self.retire_unused();
             self.start_loaders(now_ns);
             self.supervise(now_ns);
             self.advance_leaving(now_ns);
@@ -103,24 +104,33 @@ impl Core {
     fn dispatch(&mut self, now_ns: u64, event: Event) {
         match event {
             Event::Connected { session, pid, uid } => self.connected(now_ns, session, pid, uid),
-            Event::Client { session, request_id, message } => self.client(now_ns, session, request_id, message),
+            Event::Client { session, request_id, message } => {
+                self.client(now_ns, session, request_id, message)
+            }
             Event::ClientFault { session, code, message } => self.fault(now_ns, session, code, &message),
             Event::ClientGone { session } => self.end_session(now_ns, session),
-            Event::LaneMade { lane_id, outcome } => self.lane_made(now_ns, lane_id, outcome),
+            Event::LaneMade { lane_id, outcome } => self.lane_made(lane_id, outcome),
             Event::LoaderNotStarted { load_id, message } => {
                 let message = format!("the loader cannot be started: {message}");
                 self.load_failed(now_ns, load_id, Code::ModelLoadError, message);
             }
             Event::LoaderProgress { load_id, progress } => self.load_progress(now_ns, load_id, progress),
             Event::LoaderImage { load_id, facts } => self.load_done(now_ns, load_id, facts),
-            Event::LoaderFailed { load_id, code, message } => self.load_failed(now_ns, load_id, code, message),
+            Event::LoaderFailed { load_id, code, message } => {
+                self.load_failed(now_ns, load_id, code, message)
+            }
             Event::LoaderExited { load_id, exit } => {
                 let message = format!("the loader {exit} before the model was ready; try again");
                 self.load_failed(now_ns, load_id, Code::ModelLoadError, message);
             }
             Event::EngineStarted { incarnation, pid } => self.engine_started(incarnation, pid),
             Event::EngineNotStarted { incarnation, message } => {
-                self.engine_dead(now_ns, incarnation, format!("the engine cannot be started: {message}"), false);
+                self.engine_dead(
+                    now_ns,
+                    incarnation,
+                    format!("the engine cannot be started: {message}"),
+                    false,
+                );
             }
             Event::Engine { incarnation, message } => self.engine_says(now_ns, incarnation, message),
             Event::EngineLinkLost { incarnation, message } => self.engine_lost(now_ns, incarnation, &message),
@@ -169,7 +179,14 @@ impl Core {
         self.actions.push(Action::Send { session, request_id, message, attachments: Vec::new() });
     }
 
-    fn refuse(&mut self, session: u64, request_id: u64, code: Code, message: impl Into<String>, retry_after_ms: u32) {
+    fn refuse(
+        &mut self,
+        session: u64,
+        request_id: u64,
+        code: Code,
+        message: impl Into<String>,
+        retry_after_ms: u32,
+    ) {
         let message = cut(message.into());
         self.send(session, request_id, BrokerMessage::Refused(Refusal { code, message, retry_after_ms }));
     }

@@ -262,7 +262,13 @@ impl Models {
     }
 
     /// Takes the failure of a model, at its load or in its engine; gives those who waited for it.
-    pub(crate) fn fail(&mut self, id: u64, mut refusal: Refusal, now_ns: u64, limits: &Limits) -> Vec<Waiter> {
+    pub(crate) fn fail(
+        &mut self,
+        id: u64,
+        mut refusal: Refusal,
+        now_ns: u64,
+        limits: &Limits,
+    ) -> Vec<Waiter> {
         let Some(entry) = self.entries.get_mut(&id) else { return Vec::new() };
         entry.failures = entry.failures.saturating_add(1);
         // The first failure costs no wait: a killed loader says nothing about the model.
@@ -437,6 +443,8 @@ mod tests {
         for n in 0..3 {
             begin_at(&mut models, &format!("l{n}"), 100 + n, 0, &limits);
         }
-        assert!(matches!(models.lookup("one more", 0, &limits), Lookup::Refused(r) if r.code == Code::TooMany));
+        assert!(
+            matches!(models.lookup("one more", 0, &limits), Lookup::Refused(r) if r.code == Code::TooMany)
+        );
     }
 }

@@ -147,7 +147,8 @@ impl Relay {
     /// A session is gone. Held jobs end; those in the engine stay counted until it lets go of them. Gives the latter's
     /// relay ids.
     pub(crate) fn session_gone(&mut self, session: u64) -> Vec<u64> {
-        let mine: Vec<u64> = self.jobs.iter().filter(|(_, j)| j.session == Some(session)).map(|(id, _)| *id).collect();
+        let mine: Vec<u64> =
+            self.jobs.iter().filter(|(_, j)| j.session == Some(session)).map(|(id, _)| *id).collect();
         let mut in_engine = Vec::new();
         for id in mine {
             let Some(job) = self.jobs.get_mut(&id) else { continue };
@@ -166,7 +167,8 @@ impl Relay {
     /// The engine died. Jobs without session end; the others are held again, and counted as attempted if they were
     /// being computed. Gives those that are not to be tried again: cancelled ones, and those over their attempts.
     pub(crate) fn engine_gone(&mut self) -> Vec<u64> {
-        let orphans: Vec<u64> = self.jobs.iter().filter(|(_, j)| j.session.is_none()).map(|(id, _)| *id).collect();
+        let orphans: Vec<u64> =
+            self.jobs.iter().filter(|(_, j)| j.session.is_none()).map(|(id, _)| *id).collect();
         for id in orphans {
             self.finish(id);
         }

@@ -29,7 +29,11 @@ impl Core {
     /// broker try again.
     fn engine_is_needed(&self) -> bool {
         let used = self.lanes.len() > 0 || self.relay.owes() || self.models.engine_is_waited_for();
-        if self.leaving.has_begun() { self.leaving_needs_engine() } else { used || !self.engine.is_broken(self.limits()) }
+        if self.leaving.has_begun() {
+            self.leaving_needs_engine()
+        } else {
+            used || !self.engine.is_broken(self.limits())
+        }
     }
 
     pub(super) fn engine_timer_ns(&self) -> Option<u64> {
@@ -147,7 +151,6 @@ impl Core {
             self.close_session(now_ns, session, refusal.clone());
         }
         self.send_held_jobs(now_ns);
-        self.retire_if_unused(generation);
     }
 
     /// The engine's link is gone or unusable, or it is too late: whatever it is, it must not write into lanes any more.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
     pub(crate) pid: u32,
+    pub(crate) uid: u32,
     pub(crate) client_name: String,
     pub(crate) opened_ns: u64,
     /// When `Hello` must have come; `None` once it has.
@@ -28,9 +29,10 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    pub(crate) fn insert(&mut self, id: u64, pid: u32, now_ns: u64, hello_deadline_ns: u64) {
+    pub(crate) fn insert(&mut self, id: u64, pid: u32, uid: u32, now_ns: u64, hello_deadline_ns: u64) {
         let session = Session {
             pid,
+            uid,
             client_name: String::new(),
             opened_ns: now_ns,
             hello_deadline_ns: Some(hello_deadline_ns),
@@ -117,8 +119,8 @@ mod tests {
     fn hello_timers_follow_the_sessions_that_owe_one() {
         let mut sessions = Sessions::default();
         assert_eq!(sessions.next_timer_ns(), None);
-        sessions.insert(1, 10, 0, 50);
-        sessions.insert(2, 10, 0, 40);
+        sessions.insert(1, 10, 7, 0, 50);
+        sessions.insert(2, 10, 7, 0, 40);
         assert_eq!(sessions.next_timer_ns(), Some(40));
         sessions.open(2, "x", true);
         assert_eq!(sessions.next_timer_ns(), Some(50));

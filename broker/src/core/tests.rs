@@ -170,7 +170,8 @@ impl World {
                     self.engine = Some((incarnation, VecDeque::new()));
                     self.events.push_back(Event::EngineStarted { incarnation, pid: 100 });
                 } else {
-                    self.events.push_back(Event::EngineNotStarted { incarnation, message: "no such file".into() });
+                    self.events
+                        .push_back(Event::EngineNotStarted { incarnation, message: "no such file".into() });
                 }
             }
             Action::KillEngine { .. } => self.kill_engine(ChildExit::Signal(9)),
@@ -207,10 +208,14 @@ impl World {
 
     /// The engine takes one message and answers it as a good engine does; `start_only` leaves a job unanswered.
     fn engine_takes_one(&mut self, start_only: bool) -> bool {
-        let Some(message) = self.engine.as_mut().and_then(|(_, inbox)| inbox.pop_front()) else { return false };
+        let Some(message) = self.engine.as_mut().and_then(|(_, inbox)| inbox.pop_front()) else {
+            return false;
+        };
         match message {
             ToEngine::LoadModel { generation, .. } => self.engine_says(FromEngine::ModelReady { generation }),
-            ToEngine::UnloadModel { generation } => self.engine_says(FromEngine::ModelUnloaded { generation }),
+            ToEngine::UnloadModel { generation } => {
+                self.engine_says(FromEngine::ModelUnloaded { generation })
+            }
             ToEngine::DropLane { lane_id } => self.engine_says(FromEngine::LaneDropped { lane_id }),
             ToEngine::Job { relay_id, .. } => {
                 self.engine_says(FromEngine::JobStarted { relay_id });
@@ -272,7 +277,9 @@ impl World {
 
     fn answers(&self, session: u64, request_id: u64) -> Vec<&BrokerMessage> {
         let told = self.told.get(&session).into_iter().flatten();
-        told.filter(|(id, m)| *id == request_id && !matches!(m, BrokerMessage::Progress(_))).map(|(_, m)| m).collect()
+        told.filter(|(id, m)| *id == request_id && !matches!(m, BrokerMessage::Progress(_)))
+            .map(|(_, m)| m)
+            .collect()
     }
 
     fn refusal(&self, session: u64, request_id: u64) -> &Refusal {
@@ -464,7 +471,8 @@ fn a_model_that_the_engine_refuses_fails_for_those_who_wait() {
 fn two_names_of_one_model_share_a_generation() {
     let mut world = World::new(Limits::default());
     let session = world.connect();
-    let requests = [world.asks(session, acquire("a", true, 1000)), world.asks(session, acquire("b", true, 1000))];
+    let requests =
+        [world.asks(session, acquire("a", true, 1000)), world.asks(session, acquire("b", true, 1000))];
     assert_eq!(world.loads, 2);
     world.loader_finishes("org/m");
     world.loader_finishes("org/m");
@@ -547,6 +555,20 @@ fn other_users_and_other_versions_are_refused() {
 }
 
 #[test]
+fn a_guest_may_use_the_broker_but_not_end_it() {
+    let mut world = World::new(Limits::default());
+    world.core.config.allow_other_users = true;
+    world.open.insert(100);
+    world.happens(Event::Connected { session: 100, pid: 1, uid: UID + 1 });
+    world.asks(100, hello());
+    let request = world.asks(100, ClientMessage::Shutdown { drain_ms: 0 });
+    assert_eq!(world.refusal(100, request).code, Code::PermissionDenied);
+    let owner = world.connect();
+    world.asks(owner, ClientMessage::Shutdown { drain_ms: 0 });
+    assert!(world.exited);
+}
+
+#[test]
 fn no_hello_in_time_is_a_fault() {
     let mut world = World::new(Limits::default());
     world.open.insert(100);
@@ -566,7 +588,8 @@ fn draining_finishes_what_was_accepted_and_takes_nothing_new() {
     world.happens(Event::StopSignal);
     assert_eq!(world.refusal(session, waiting).code, Code::ShuttingDown);
     assert!(world.loaders.is_empty());
-    let (submitted, asked) = (world.asks(session, job(lease, 2, 0)), world.asks(session, acquire("m", true, 0)));
+    let (submitted, asked) =
+        (world.asks(session, job(lease, 2, 0)), world.asks(session, acquire("m", true, 0)));
     assert_eq!(world.refusal(session, submitted).code, Code::ShuttingDown);
     assert_eq!(world.refusal(session, asked).code, Code::ShuttingDown);
     world.engine_dies();
@@ -748,7 +771,9 @@ impl World {
                 let message = "x".to_owned();
                 self.engine_says(FromEngine::ModelFailed { generation, code: Code::ModelInvalid, message });
             }
-            Step::LaneFault(lane_id) => self.engine_says(FromEngine::LaneFault { lane_id, message: "x".into() }),
+            Step::LaneFault(lane_id) => {
+                self.engine_says(FromEngine::LaneFault { lane_id, message: "x".into() })
+            }
             Step::LoaderFinishes(id) => self.loader_finishes(["default", "x", "y"][id as usize]),
             Step::LoaderDies => self.loader_dies(),
             Step::Time(us) => {
@@ -795,8 +820,6 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
-
     #[test]
     fn every_request_is_answered_once_and_nothing_is_kept(steps in steps(), drains in any::<bool>()) {
         let limits = Limits {

@@ -108,7 +108,9 @@ impl Child {
             Ok(None) => None,
             Ok(Some(status)) => {
                 let _ = poller.remove(self.process.pidfd());
-                Some(status.signal().map_or(ChildExit::Status(status.code().unwrap_or(-1)), ChildExit::Signal))
+                Some(
+                    status.signal().map_or(ChildExit::Status(status.code().unwrap_or(-1)), ChildExit::Signal),
+                )
             }
             Err(error) => {
                 warn!(pid = self.process.pid(), "a child could not be waited for: {error}");
@@ -184,7 +186,8 @@ impl EventLoop {
     pub(crate) fn start_engine(&mut self, incarnation: u64) {
         let mut argv = self.engine_command.clone();
         argv.extend(["--link-fd".into(), LINK_FD.to_string().into()]);
-        let (link_token, pid_token) = (Token::EngineLink(incarnation).pack(), Token::EnginePid(incarnation).pack());
+        let (link_token, pid_token) =
+            (Token::EngineLink(incarnation).pack(), Token::EnginePid(incarnation).pack());
         self.engine.forget();
         match Child::start(&self.poller, &argv, ChildLimits::default(), link_token, pid_token) {
             Ok(child) => {
@@ -299,7 +302,8 @@ impl EventLoop {
                 self.events.push_back(Event::Engine { incarnation, message });
                 continue;
             }
-            let queued = self.engine.child.as_mut().and_then(|c| c.link.as_mut()).map(|l| l.queue(0, &message, fds));
+            let queued =
+                self.engine.child.as_mut().and_then(|c| c.link.as_mut()).map(|l| l.queue(0, &message, fds));
             if let Some(Err(error)) = queued {
                 let message = format!("a message to it cannot be encoded: {error}");
                 self.events.push_back(Event::EngineLinkLost { incarnation, message });

@@ -49,7 +49,10 @@ impl EventLoop {
         warn!("out of descriptors, refusing connections: {error}");
         self.reserve = None;
         if let Ok(Some(connection)) = self.listener.accept() {
-            refuse_and_drop(connection.into(), "the broker is out of descriptors; close sessions, or raise `ulimit -n`");
+            refuse_and_drop(
+                connection.into(),
+                "the broker is out of descriptors; close sessions, or raise `ulimit -n`",
+            );
         }
         self.reserve = reserve();
         if self.reserve.is_none() {
@@ -102,18 +105,22 @@ impl EventLoop {
             }
             Err(error) => {
                 debug!("a connection whose process cannot be watched: {error}");
-                refuse_and_drop(connection.into(), "the broker is out of descriptors; close sessions, or raise `ulimit -n`");
+                refuse_and_drop(
+                    connection.into(),
+                    "the broker is out of descriptors; close sessions, or raise `ulimit -n`",
+                );
                 return;
             }
         };
         self.last_session += 1;
         let session = self.last_session;
         let Ok(stream) = FramedStream::new(connection.into()) else { return };
-        let watched = self.poller.add(&stream, Token::Client(session).pack(), Interest::READABLE).and_then(|()| {
-            pidfd.as_ref().map_or(Ok(()), |fd| {
-                self.poller.add(fd, Token::ClientPid(session).pack(), Interest::READABLE)
-            })
-        });
+        let watched =
+            self.poller.add(&stream, Token::Client(session).pack(), Interest::READABLE).and_then(|()| {
+                pidfd.as_ref().map_or(Ok(()), |fd| {
+                    self.poller.add(fd, Token::ClientPid(session).pack(), Interest::READABLE)
+                })
+            });
         if let Err(error) = watched {
             warn!("a connection could not be watched: {error}");
             return;
@@ -130,6 +137,10 @@ impl EventLoop {
             if hangup {
                 self.client_gone(session);
             }
+            return;
+        }
+        // Frames that wait for their turn come first: what is read is bounded by what is handled.
+        if self.more_frames.contains(&session) {
             return;
         }
         match connection.stream.fill() {
@@ -185,7 +196,7 @@ impl EventLoop {
                 }
             }
         }
-        self.more_frames.push(session);
+        self.more_frames.insert(session);
     }
 
     fn client_fault(&mut self, session: u64, message: String) {
@@ -214,7 +225,13 @@ impl EventLoop {
     }
 
     /// Queues a frame for a client.
-    pub(crate) fn send_client(&mut self, session: u64, request_id: u64, message: &BrokerMessage, fds: Vec<OwnedFd>) {
+    pub(crate) fn send_client(
+        &mut self,
+        session: u64,
+        request_id: u64,
+        message: &BrokerMessage,
+        fds: Vec<OwnedFd>,
+    ) {
         let Some(connection) = self.connections.get_mut(&session) else { return };
         if let Err(error) = connection.stream.queue(request_id, message, fds) {
             // Only what is over a frame's limit; whoever asked gets an answer all the same.
@@ -262,7 +279,7 @@ impl EventLoop {
         }
         if !could && connection.takes_input() {
             // Frames that arrived before the pause lie in the buffer; no event tells of them.
-            self.more_frames.push(session);
+            self.more_frames.insert(session);
         }
         let wanted = connection.wanted_interest(blocked);
         if wanted != connection.interest {
@@ -300,7 +317,10 @@ impl EventLoop {
                         connection.half_frame_since_ns = None;
                     }
                     let seconds = self.limits.half_frame_timeout.as_secs_f32();
-                    self.client_fault(session, format!("a frame was begun and not completed within {seconds} s"));
+                    self.client_fault(
+                        session,
+                        format!("a frame was begun and not completed within {seconds} s"),
+                    );
                 }
                 Some(Timed::Stalled) => {
                     warn!(session, "a client does not read its answers; its connection is closed");
@@ -322,11 +342,8 @@ fn log_unwatchable(session: u64, error: &OsError) {
 /// Tells a connection that was never admitted why, as far as it takes it at once, and closes it.
 fn refuse_and_drop(fd: OwnedFd, message: &str) {
     let Ok(mut stream) = FramedStream::new(fd) else { return };
-    let refusal = Refusal {
-        code: Code::TooMany,
-        message: message.to_owned(),
-        retry_after_ms: RETRY_DESCRIPTORS_MS,
-    };
+    let refusal =
+        Refusal { code: Code::TooMany, message: message.to_owned(), retry_after_ms: RETRY_DESCRIPTORS_MS };
     if stream.queue(0, &BrokerMessage::Refused(refusal), Vec::new()).is_ok() {
         let _ = stream.flush();
     }

@@ -93,7 +93,7 @@ pub(crate) struct EventLoop {
     /// Clients with a timer.
     pub(crate) timed: BTreeSet<u64>,
     /// Clients whose frames did not all get their turn.
-    pub(crate) more_frames: Vec<u64>,
+    pub(crate) more_frames: BTreeSet<u64>,
     pub(crate) lanes: HashMap<u64, LaneDescriptors>,
     pub(crate) images: HashMap<u64, OwnedFd>,
     /// Images that loaders handed over and the core has not decided about.
@@ -108,7 +108,11 @@ impl EventLoop {
     ///
     /// # Errors
     /// [`OsError`] when the poller cannot be made.
-    pub(crate) fn new(config: BrokerConfig, listener: Listener, signals: UnixStream) -> Result<EventLoop, OsError> {
+    pub(crate) fn new(
+        config: BrokerConfig,
+        listener: Listener,
+        signals: UnixStream,
+    ) -> Result<EventLoop, OsError> {
         let poller = Poller::new()?;
         poller.add(&listener, Token::Listener.pack(), Interest::READABLE)?;
         poller.add(&signals, Token::Signals.pack(), Interest::READABLE)?;
@@ -150,7 +154,7 @@ impl EventLoop {
             last_session: 0,
             dirty: BTreeSet::new(),
             timed: BTreeSet::new(),
-            more_frames: Vec::new(),
+            more_frames: BTreeSet::new(),
             lanes: HashMap::new(),
             images: HashMap::new(),
             offered_images: HashMap::new(),
@@ -260,11 +264,8 @@ impl EventLoop {
             Some(Token::LoaderLink(load_id)) => self.loader_link_ready(load_id),
             Some(Token::LoaderPid(load_id)) => self.loader_ended(load_id),
             // Writing happens in each turn anyway.
-            Some(Token::EngineLink(incarnation)) => {
-                if event.readable || ended {
-                    self.engine_link_ready(incarnation);
-                }
-            }
+            Some(Token::EngineLink(incarnation)) if event.readable || ended => self.engine_link_ready(incarnation),
+            Some(Token::EngineLink(_)) => {}
             Some(Token::EnginePid(incarnation)) => self.engine_ended(incarnation),
         }
     }
@@ -274,8 +275,12 @@ impl EventLoop {
         let until_ns = monotonic_ns().saturating_add(nanos(self.limits.exit_flush));
         let mut polled = Vec::new();
         loop {
-            let waiting: Vec<u64> =
-                self.connections.iter().filter(|(_, c)| c.stream.queued_bytes() > 0).map(|(id, _)| *id).collect();
+            let waiting: Vec<u64> = self
+                .connections
+                .iter()
+                .filter(|(_, c)| c.stream.queued_bytes() > 0)
+                .map(|(id, _)| *id)
+                .collect();
             for session in waiting {
                 self.flush_client(session);
             }

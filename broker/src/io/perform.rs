@@ -80,7 +80,13 @@ impl EventLoop {
         }
     }
 
-    fn send(&mut self, session: u64, request_id: u64, mut message: BrokerMessage, attachments: &[Attachment]) {
+    fn send(
+        &mut self,
+        session: u64,
+        request_id: u64,
+        mut message: BrokerMessage,
+        attachments: &[Attachment],
+    ) {
         if let BrokerMessage::Status(report) = &mut message {
             report.open_descriptors = open_descriptors();
         }
@@ -90,7 +96,8 @@ impl EventLoop {
                 // The core counts the lease as granted: only the end of the session takes it back for certain.
                 let why = failed.and_then(Result::err).map_or("gone".to_owned(), |e| e.to_string());
                 warn!(session, "a lease's descriptors cannot be sent: {why}");
-                let message = "the broker is out of descriptors; close sessions, or raise `ulimit -n`".to_owned();
+                let message =
+                    "the broker is out of descriptors; close sessions, or raise `ulimit -n`".to_owned();
                 let refusal = Refusal { code: Code::TooMany, message, retry_after_ms: 1000 };
                 self.send_client(session, request_id, &BrokerMessage::Refused(refusal), Vec::new());
                 self.close_client(session);

@@ -22,7 +22,12 @@ pub(crate) struct Client {
 }
 
 pub(crate) fn hello() -> Hello {
-    Hello { protocol_major: PROTOCOL_MAJOR, protocol_minor: 0, layout_hash: LAYOUT_HASH, client_name: "test".into() }
+    Hello {
+        protocol_major: PROTOCOL_MAJOR,
+        protocol_minor: 0,
+        layout_hash: LAYOUT_HASH,
+        client_name: "test".into(),
+    }
 }
 
 impl Client {

@@ -10,7 +10,9 @@ use std::collections::BTreeSet;
 fn kill_engine(client: &mut Client) {
     let before = until(client, "an engine", |r| r.engines[0].threads > 0).engines[0].clone();
     signal(before.pid, SIGKILL);
-    until(client, "a new engine", |r| r.engines[0].incarnation > before.incarnation && r.engines[0].threads > 0);
+    until(client, "a new engine", |r| {
+        r.engines[0].incarnation > before.incarnation && r.engines[0].threads > 0
+    });
 }
 
 #[test]
@@ -45,7 +47,8 @@ fn lanes_are_taken_over() {
     let broker = Broker::start(&[]);
     let mut clients: Vec<Client> = (0..5).map(|_| broker.client()).collect();
     let mut lanes: Vec<(u64, u64)> = clients.iter_mut().map(Client::lane).collect();
-    let listed = |lanes: &[(u64, u64)]| lanes.iter().map(|(_, l)| l.to_string()).collect::<Vec<_>>().join(",");
+    let listed =
+        |lanes: &[(u64, u64)]| lanes.iter().map(|(_, l)| l.to_string()).collect::<Vec<_>>().join(",");
     for _ in 0..3 {
         kill_engine(&mut clients[0]);
         let lease = lanes[0].0;

@@ -70,7 +70,10 @@ fn each_failure_of_a_loader_has_its_name() {
     }
     client.lane();
     let report = client.status();
-    assert_eq!(report.models.iter().filter(|m| m.state == ModelState::Failed && m.error.is_some()).count(), 10);
+    assert_eq!(
+        report.models.iter().filter(|m| m.state == ModelState::Failed && m.error.is_some()).count(),
+        10
+    );
     for load in broker.loads() {
         let pid = load.split_once(' ').unwrap().1.parse().unwrap();
         ended(pid);

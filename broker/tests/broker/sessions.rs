@@ -30,7 +30,9 @@ fn a_dead_client_leaves_no_lease_lane_or_descriptor() {
                 client
             })
             .collect();
-        until(&mut watcher, "all there", |r| r.engines[0].lanes == 30 && r.engines[0].totals.queued_jobs == 10);
+        until(&mut watcher, "all there", |r| {
+            r.engines[0].lanes == 30 && r.engines[0].totals.queued_jobs == 10
+        });
         drop(clients);
         let after = until(&mut watcher, "all gone", |r| {
             r.sessions.len() == 1 && r.engines[0].lanes == 0 && r.engines[0].totals.queued_jobs == 0
@@ -84,8 +86,22 @@ fn whoever_breaks_the_protocol_is_told_why_and_closed() {
     let mut unknown = encode_frame(1, &ClientMessage::Ping).unwrap();
     unknown[16] = 99;
     faulty(&|c| c.raw(&unknown), true, Code::BadFrame, "decoded");
-    faulty(&|c| { c.ask(ClientMessage::Ping); }, false, Code::BadState, "must be Hello");
-    faulty(&|c| { c.ask(ClientMessage::Hello(hello())); }, true, Code::BadState, "once");
+    faulty(
+        &|c| {
+            c.ask(ClientMessage::Ping);
+        },
+        false,
+        Code::BadState,
+        "must be Hello",
+    );
+    faulty(
+        &|c| {
+            c.ask(ClientMessage::Hello(hello()));
+        },
+        true,
+        Code::BadState,
+        "once",
+    );
     let whole = encode_frame(1, &ClientMessage::Ping).unwrap();
     faulty(&|c| c.raw(&whole[..10]), true, Code::BadFrame, "not completed");
     faulty(&|c| c.raw(&whole[..17]), true, Code::BadFrame, "not completed");
@@ -150,6 +166,44 @@ fn a_slow_reader_gets_everything() {
 }
 
 #[test]
+fn a_flood_of_requests_is_read_no_faster_than_it_is_answered() {
+    let broker = Broker::start(&["outgoing_queue_bytes=100000"]);
+    let mut other = broker.client();
+    let mut flooder = broker.client();
+    let peak_kb = || -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", broker.pid())).unwrap();
+        let line = status.lines().find(|l| l.starts_with("VmHWM")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let before_kb = peak_kb();
+    let copy = flooder.stream.as_fd().try_clone_to_owned().unwrap();
+    const PINGS: usize = 200_000;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // The descriptor does not block, as the reader's does not: full means try again.
+            let flood = encode_frame(1, &ClientMessage::Ping).unwrap().repeat(1000);
+            let mut stream = std::os::unix::net::UnixStream::from(copy);
+            for _ in 0..PINGS / 1000 {
+                let mut rest = &flood[..];
+                while !rest.is_empty() {
+                    match std::io::Write::write(&mut stream, rest) {
+                        Ok(count) => rest = &rest[count..],
+                        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                            std::thread::yield_now()
+                        }
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            }
+        });
+        scope.spawn(|| (0..PINGS).for_each(|_| assert_eq!(flooder.reply(1), BrokerMessage::Pong)));
+        (0..20).for_each(|_| other.pings());
+    });
+    let grown_kb = peak_kb() - before_kb;
+    assert!(grown_kb < 2500, "the broker grew by {grown_kb} KiB");
+}
+
+#[test]
 fn too_many_sessions_are_refused_until_one_ends() {
     let broker = Broker::start(&["max_sessions=4"]);
     let mut clients: Vec<Client> = (0..4).map(|_| broker.client()).collect();
@@ -178,7 +232,11 @@ fn a_session_has_its_limits() {
     let (request, _) = client.submit(lease, "echo x");
     let refusal = client.refusal(request);
     assert_eq!(refusal.code, Code::Overloaded);
-    assert!(refusal.retry_after_ms > 0 && refusal.message.contains("2 jobs of this session"), "{}", refusal.message);
+    assert!(
+        refusal.retry_after_ms > 0 && refusal.message.contains("2 jobs of this session"),
+        "{}",
+        refusal.message
+    );
 }
 
 #[test]

@@ -14,8 +14,8 @@ mod fake_loader;
 
 use broker::{BrokerConfig, BrokerError, Limits};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use shm_os::framed::FramedStream;
 use shm_layout::wire::{Acquire, BrokerMessage, ClientMessage, Hello, PROTOCOL_MAJOR};
+use shm_os::framed::FramedStream;
 use shm_os::socket::{AllowedPeer, connect, recv_with_fds, socketpair};
 use std::ffi::OsString;
 use std::io::{IoSlice, Write};
@@ -56,7 +56,8 @@ fn link() -> FramedStream {
 }
 
 fn hold_a_lease(folder: &Path) -> ExitCode {
-    let connection = connect(&folder.join("run/socket"), LONG, AllowedPeer::SameUser).expect("the broker listens");
+    let connection =
+        connect(&folder.join("run/socket"), LONG, AllowedPeer::SameUser).expect("the broker listens");
     let copy = connection.as_fd().try_clone_to_owned().expect("a copy");
     let mut stream = FramedStream::new(connection.into()).expect("a stream");
     let hello = Hello {
@@ -86,7 +87,8 @@ fn hold_a_lease(folder: &Path) -> ExitCode {
 
 fn serve(folder: &Path, settings: &[String]) -> ExitCode {
     let this = std::env::current_exe().expect("this program has a path").into_os_string();
-    let child = |kind: &str| -> Vec<OsString> { vec![this.clone(), kind.into(), folder.as_os_str().to_owned()] };
+    let child =
+        |kind: &str| -> Vec<OsString> { vec![this.clone(), kind.into(), folder.as_os_str().to_owned()] };
     let mut config = BrokerConfig::new(
         folder.join("run/socket"),
         folder.join("cache"),

@@ -61,7 +61,13 @@ impl Engine {
 
     fn answer(&mut self, relay_id: u64, status: Code, payload: Vec<u8>) {
         self.jobs += 1;
-        self.say(&FromEngine::Answer(AnswerFrame { job_id: relay_id, status, payload, queue_us: 1, execution_us: 2 }));
+        self.say(&FromEngine::Answer(AnswerFrame {
+            job_id: relay_id,
+            status,
+            payload,
+            queue_us: 1,
+            execution_us: 2,
+        }));
     }
 
     fn release(&mut self) {
@@ -111,7 +117,11 @@ impl Engine {
             ToEngine::Drain => {}
             ToEngine::Totals => {
                 let queued_jobs = self.held.len() as u32;
-                self.say(&FromEngine::Totals(EngineTotals { jobs: self.jobs, queued_jobs, ..EngineTotals::default() }));
+                self.say(&FromEngine::Totals(EngineTotals {
+                    jobs: self.jobs,
+                    queued_jobs,
+                    ..EngineTotals::default()
+                }));
             }
         }
     }

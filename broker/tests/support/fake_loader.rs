@@ -19,7 +19,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 pub(crate) fn run(folder: &Path, model: &str, mut link: FramedStream) -> ExitCode {
-    let mut log = OpenOptions::new().append(true).create(true).open(folder.join("loads")).expect("a log of loads");
+    let mut log =
+        OpenOptions::new().append(true).create(true).open(folder.join("loads")).expect("a log of loads");
     writeln!(log, "{model} {}", std::process::id()).expect("room in the log");
     let (what, model_id) = model.split_once(':').unwrap_or((model, model));
     let raw_link = link.as_fd().try_clone_to_owned().expect("a copy of the link");
