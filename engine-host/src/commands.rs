@@ -213,6 +213,5 @@ impl<L: Loader> Host<L> {
             }
         }
         self.state().accepting -= 1;
-        self.stop_when_drained();
     }
 }

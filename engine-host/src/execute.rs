@@ -137,7 +137,6 @@ impl<L: Loader> Host<L> {
         // Not under the lock: the last hold on an unloaded model unmaps its image.
         drop(served);
         self.settle(&batch, elapsed_us, after);
-        self.stop_when_drained();
     }
 
     /// Answers a job whose texts are all computed, unless nobody wants it any more.
@@ -164,7 +163,7 @@ impl<L: Loader> Host<L> {
 
     /// Puts back what is not answered, and frees the compute for the next batch.
     fn settle(&self, batch: &Batch, elapsed_us: u64, after: Vec<After>) {
-        let mut given_up = Vec::new();
+        let (mut given_up, mut abandoned) = (Vec::new(), Vec::new());
         let mut guard = self.state();
         let state = &mut *guard;
         state.computing = false;
@@ -193,7 +192,8 @@ impl<L: Loader> Host<L> {
             }
             match gone {
                 Some(Some(code)) => given_up.push((job, code)),
-                Some(None) => {}
+                // Its drop may unmap a lane: not under the lock.
+                Some(None) => abandoned.push(job),
                 None => {
                     if is_suspect {
                         job.isolated = true;
@@ -204,6 +204,7 @@ impl<L: Loader> Host<L> {
             }
         }
         drop(guard);
+        drop(abandoned);
         let mut wakes = Wakes::default();
         for (job, code) in given_up {
             self.give_up(job, code, &mut wakes);

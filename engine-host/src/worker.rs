@@ -27,6 +27,8 @@ impl<L: Loader> Host<L> {
             if let Some(work) = self.next_work() {
                 self.execute(work);
                 was_busy = true;
+            } else {
+                self.stop_when_drained();
             }
             let timeout = was_busy.then_some(Duration::ZERO);
             if let Err(error) = self.poller.wait(&mut events, timeout) {

@@ -7,9 +7,9 @@ mod compute {
     pub(crate) use engine_host::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
 }
 
-use common::double::{PANICKING_IMAGE_BYTES, REFUSED_IMAGE_BYTES, spans_of};
-use common::{Client, Rig, check_rows};
-use engine_host::HostError;
+use common::double::{DoubleLoader, PANICKING_IMAGE_BYTES, REFUSED_IMAGE_BYTES, spans_of};
+use common::{Broker, Client, Rig, check_rows};
+use engine_host::{HostError, HostOptions, run_with};
 use shm_layout::code::Code;
 use shm_layout::lane::{CONTROL_FIELDS, JobRequest, LaneMemory};
 use shm_layout::limits::MAX_JOB_ATTEMPTS;
@@ -378,4 +378,42 @@ fn many_clients_on_many_threads_get_every_answer_once() {
     rig.broker.send(&ToEngine::Totals, vec![]);
     let totals = rig.broker.expect(|message| matches!(message, FromEngine::Totals(_)));
     assert!(matches!(totals, FromEngine::Totals(t) if t.jobs == 1700 && t.queued_jobs == 0), "{totals:?}");
+}
+
+#[test]
+fn a_drain_ends_when_the_last_waiting_jobs_are_given_up() {
+    let mut rig = Rig::start();
+    let mut client = rig.client(1);
+    let soon_ns = monotonic_ns() + 3_000_000;
+    let running = client.embed(INTERACTIVE, &["GATE"]);
+    rig.model.gate.wait_for_arrival();
+    let expiring = client.try_submit(Operation::Embed, INTERACTIVE, soon_ns, &["a"]).unwrap();
+    rig.broker.send(&ToEngine::Drain, vec![]);
+    rig.broker.has(|_| false);
+    while monotonic_ns() < soon_ns {
+        std::thread::yield_now();
+    }
+    rig.model.gate.open();
+    assert_eq!(client.code(running), Code::Ok);
+    assert_eq!(client.code(expiring), Code::DeadlineExceeded);
+    assert!(rig.outcome().is_ok());
+}
+
+#[test]
+fn an_engine_takes_many_lanes_that_were_announced_before_it_looked() {
+    let (ours, theirs) = shm_os::socket::socketpair().unwrap();
+    let mut broker = Broker::new(ours);
+    broker.load_sized(1, 1);
+    let mut clients: Vec<Client> = (1..=60).map(Client::new).collect();
+    for client in &clients {
+        broker.add_lane(client, 1);
+    }
+    let tickets: Vec<_> = clients.iter_mut().map(|client| client.embed(BULK, &["x"])).collect();
+    let options = HostOptions { threads: 1, dumpable: true };
+    let engine = std::thread::spawn(move || run_with(theirs, DoubleLoader::default(), options));
+    for (client, ticket) in clients.iter_mut().zip(tickets) {
+        assert_eq!(client.code(ticket), Code::Ok);
+    }
+    drop(broker);
+    assert!(matches!(engine.join().unwrap(), Err(HostError::BrokerGone)));
 }
