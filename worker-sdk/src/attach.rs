@@ -148,6 +148,14 @@ impl AttachedModel {
         self.shared.image.0.len_bytes()
     }
 
+    /// Checks that every byte of the image is what its compiler wrote. Reads all of it: about a second for two gigabytes.
+    ///
+    /// # Errors
+    /// [`SdkError::Local`] when it is not.
+    pub fn verify(&self) -> Result<(), SdkError> {
+        engine::verify_image(self.shared.image.as_bytes()).map_err(|error| SdkError::Local(error.to_string().into()))
+    }
+
     /// Builds the tokenizer now (some ten milliseconds) instead of at the first text.
     ///
     /// # Errors

@@ -1,4 +1,75 @@
-//! What a worker links: sessions, leases, embedding calls, attach. Thin unless the feature `local` is on.
+//! What a worker links to use the models of the user's broker: sessions, leases, embedding calls. Thin: no weights, no
+//! tokenizer, no framework; with the feature `local` a worker can also compute itself, on the pages that all share.
+//!
+//! What must not be here: the broker's side of anything, and the engine's (but for calling it in `attach`).
+//!
+//! # Blocking
+//! ```no_run
+//! let client = worker_sdk::Client::connect()?;      // starts a broker when none runs
+//! let model = client.model("all-MiniLM-L6-v2")?;    // loads it when nobody has yet; "" is the default model
+//! let vectors = model.embed(&["a cat", "a dog"])?;
+//! assert_eq!(vectors.len(), 2);
+//! println!("{} dimensions, first number {}", vectors.dim(), vectors[0][0]);
+//! # Ok::<(), worker_sdk::SdkError>(())
+//! ```
+//! Lists of any length are fine: they are cut into jobs within the limits, some of which are in flight at once, and come
+//! back in order. An empty list gives an empty result. A single text over 512 KiB is an error that names it.
+//!
+//! # Asynchronous, on any runtime
+//! ```no_run
+//! use worker_sdk::{Client, EmbedOptions, SdkError};
+//!
+//! async fn vectors(texts: &[String]) -> Result<worker_sdk::Embeddings, SdkError> {
+//!     let model = Client::connect()?.model("")?;    // milliseconds when the model is loaded; blocking
+//!     model.submit(texts, &EmbedOptions::bulk())?.await
+//! }
+//! ```
+//! A [`Job`] can also be waited for ([`Job::wait`]), asked ([`Job::try_take`]) and cancelled; dropping it cancels it.
+//!
+//! # Timeouts, priorities, progress
+//! ```no_run
+//! use std::time::Duration;
+//! use worker_sdk::{Client, EmbedOptions, ModelRequest, StartBroker};
+//!
+//! let client = Client::builder().name("indexer").start_broker(StartBroker::Never).connect()?;
+//! let model = client.model_with(
+//!     ModelRequest::new("all-MiniLM-L6-v2")
+//!         .wait(Duration::from_secs(120))
+//!         .progress(|step| eprintln!("{}: {} of {} bytes", step.stage, step.done_bytes, step.total_bytes)),
+//! )?;
+//! let options = EmbedOptions::bulk().timeout(Duration::from_secs(5));
+//! match model.embed_with(&["a cat"], &options) {
+//!     Ok(vectors) => println!("{:?}", &vectors[0][..3]),
+//!     Err(error) if error.is_retryable() => println!("later perhaps: {error}"),
+//!     Err(error) => return Err(error),
+//! }
+//! # Ok::<(), worker_sdk::SdkError>(())
+//! ```
+//!
+//! # Threads
+//! [`Client`] and [`Model`] are cheap to clone and may be used by any number of threads at once. No thread is started
+//! for blocking calls: those who wait take turns in waiting for all. While futures are awaited and no thread is blocked
+//! in a call on their model, one background thread for that model drives them.
+//!
+//! # When the broker goes away
+//! Calls go on: the SDK connects again with pauses that grow, starts a broker if it may, takes its leases up again and
+//! sends again what was not answered (computing an embedding twice does no harm). Callers see a delay. It ends with the
+//! call's own timeout ([`SdkError::DeadlineExceeded`]) or, for calls without one, with the client's patience of 30 s
+//! ([`SdkError::Disconnected`]). If the model that comes back is another one, a list that was half done is begun anew:
+//! one result is never a mixture. An engine's death is the broker's affair and is not noticed here at all.
+//!
+//! # Forks
+//! A process may fork after connecting, from any thread at any time. In the child, clients and models go on working with a
+//! session of the child's own, made on first use; the parent's is not touched. Only what was in flight stays with the
+//! parent: its [`Job`]s give [`SdkError::Forked`] in the child. Descriptors of the parent are closed in the child at its
+//! first use of the SDK, except those that another thread of the parent was using at the instant of the fork.
+//!
+//! # Environment
+//! | variable | meaning |
+//! |---|---|
+//! | `MODELBROKER_SOCKET` | the broker's socket; else `$XDG_RUNTIME_DIR/modelbroker/broker.sock` or `/tmp/modelbroker-UID/broker.sock` |
+//! | `MODELBROKER_BIN` | the program to start a broker with; else `modelbroker` beside this program or on the `PATH` |
+//! | `MODELBROKER_START` | `never`: no broker is ever started |
 
 #![forbid(unsafe_code)]
 

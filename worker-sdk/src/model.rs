@@ -51,7 +51,8 @@ impl Drop for Handle {
 impl Model {
     pub(crate) fn lease(client: &Client, mut request: ModelRequest) -> Result<Model, SdkError> {
         request.check()?;
-        let wanted = Arc::new(SeatRequest { name: request.name, wait: request.wait, route: request.route });
+        let wanted =
+            Arc::new(SeatRequest { name: request.resolved_name(), wait: request.wait, route: request.route });
         let handle = Handle { client: client.clone(), request: wanted, seats: ForkCell::new() };
         let model = Model { handle: Arc::new(handle) };
         let mut watch = |step| {

@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 const MAX_BACKLOG_JOBS: usize = 1024;
 /// Times in a row that an engine or broker may break the protocol before callers are told.
 const MAX_FAULTS: u32 = 4;
+/// Times that a job without a deadline is sent before it is taken for the reason why brokers go away.
+const MAX_SENDS: u32 = 64;
 /// Pauses before a refused job is sent again.
 const REFUSED_BASE: Duration = Duration::from_millis(4);
 const REFUSED_CAP: Duration = Duration::from_millis(250);
@@ -680,6 +682,8 @@ impl State {
         if self.link.take().is_some() {
             let jobs = self.jobs.requeue_all();
             tracing::warn!(jobs, "the broker is gone: reconnecting");
+            let lost = SdkError::hung_up("each time that this job was sent");
+            self.jobs.fail_resent(MAX_SENDS, &lost);
         }
     }
 
@@ -708,7 +712,7 @@ impl State {
     /// How long may be slept: until the next thing that has its time.
     fn slice(&self, until: Deadline) -> Duration {
         let now = Instant::now();
-        let next = [self.jobs.next_deadline(), self.jobs.next_due()].into_iter().flatten().min();
+        let next = [self.jobs.next_deadline(), self.jobs.next_due(now)].into_iter().flatten().min();
         let slice = until.left_within(SLICE);
         next.map_or(slice, |at| slice.min(at.saturating_duration_since(now)))
     }

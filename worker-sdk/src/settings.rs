@@ -101,7 +101,8 @@ pub struct ModelRequest {
 }
 
 impl ModelRequest {
-    /// A model by id, alias or folder; empty = the broker's default model.
+    /// A model by id, alias or folder; empty = the broker's default model. A folder that exists goes before an id of the
+    /// same spelling, and is found from this program's working folder.
     #[must_use]
     pub fn new(name: impl Into<String>) -> ModelRequest {
         ModelRequest { name: name.into(), wait: DEFAULT_MODEL_WAIT, route: Route::Lane, progress: None }
@@ -126,6 +127,19 @@ impl ModelRequest {
     pub fn progress(mut self, progress: impl FnMut(LoadProgress) + Send + 'static) -> ModelRequest {
         self.progress = Some(Box::new(progress));
         self
+    }
+
+    /// The name as the broker understands it, whose working folder is another one.
+    pub(crate) fn resolved_name(&self) -> String {
+        let path = std::path::Path::new(&self.name);
+        if !self.name.is_empty() && path.is_relative() && path.is_dir() {
+            if let Some(absolute) =
+                std::path::absolute(path).ok().and_then(|path| path.into_os_string().into_string().ok())
+            {
+                return absolute;
+            }
+        }
+        self.name.clone()
     }
 
     pub(crate) fn check(&self) -> Result<(), SdkError> {
@@ -197,5 +211,14 @@ mod tests {
         assert_eq!(name.len(), MAX_CLIENT_NAME_BYTES);
         assert!(cut(format!("a{}", "ä".repeat(100))).len() <= MAX_CLIENT_NAME_BYTES);
         assert!(ModelRequest::new("x".repeat(MAX_MODEL_NAME_BYTES + 1)).check().is_err());
+    }
+
+    #[test]
+    fn folders_are_named_from_the_root() {
+        // Tests run in the package's folder.
+        let resolved = ModelRequest::new("src").resolved_name();
+        assert!(resolved.starts_with('/') && resolved.ends_with("/src"), "{resolved}");
+        assert_eq!(ModelRequest::new("all-MiniLM-L6-v2").resolved_name(), "all-MiniLM-L6-v2");
+        assert_eq!(ModelRequest::new("").resolved_name(), "");
     }
 }

@@ -130,23 +130,22 @@ fn spawn(
         OpenOptions::new().create(true).append(true).mode(0o600).open(log_path).map_err(|error| {
             SdkError::Os(format!("opening the broker's log {}: {error}", log_path.display()))
         })?;
-    let mut command = Command::new(program);
+    // It is started in the root folder, so that it keeps no other busy: no path may be relative there.
+    let absolute = |path: &Path| std::path::absolute(path).map_err(SdkError::os);
+    let program_path = if program.components().count() > 1 { absolute(program)? } else { program.to_owned() };
+    let mut command = Command::new(program_path);
     command
         .arg("serve")
         .arg("--socket")
-        .arg(&settings.socket)
+        .arg(absolute(&settings.socket)?)
         .args(["--ready-fd", &READY_FD.to_string()])
         .args(["--idle-exit", &settings.broker_idle_exit.as_secs().max(1).to_string()])
         .arg("--log-file")
-        .arg(log_path)
+        .arg(absolute(log_path)?)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log)
-        // It outlives this program: it must not keep its working folder busy.
         .current_dir("/");
-    if settings.socket.is_relative() {
-        command.current_dir(std::env::current_dir().map_err(SdkError::os)?);
-    }
     let limits = ChildLimits {
         new_session: true,
         inherit_fds: vec![(OwnedFd::from(ready_writer), READY_FD)],

@@ -52,6 +52,8 @@ pub(crate) struct Entry {
     phase: Phase,
     /// Room for the answer when the usual turned out to be too small.
     pub(crate) capacity_bytes: Option<usize>,
+    /// Times that it was sent.
+    sends: u32,
     /// Not to be sent again before this.
     not_before: Option<Instant>,
     /// First refusal for lack of room, and how many there were.
@@ -84,6 +86,7 @@ impl Jobs {
             spec,
             phase: Phase::Queued,
             capacity_bytes: None,
+            sends: 0,
             not_before: None,
             refused_since: None,
             refusals: 0,
@@ -134,7 +137,10 @@ impl Jobs {
                 continue;
             }
             match send(id, entry) {
-                Push::Sent(wire) => entry.phase = Phase::Sent(wire),
+                Push::Sent(wire) => {
+                    entry.phase = Phase::Sent(wire);
+                    entry.sends += 1;
+                }
                 Push::Full => {
                     self.backlog.push_front(id);
                     break;
@@ -146,9 +152,9 @@ impl Jobs {
         failed.into_iter().for_each(|(id, error)| self.finish(id, Err(error)));
     }
 
-    /// When the next job that waits for its time may be sent.
-    pub(crate) fn next_due(&self) -> Option<Instant> {
-        self.backlog.iter().filter_map(|id| self.entries.get(id)?.not_before).min()
+    /// When the next job that waits for its time may be sent; those that may be sent already wait for room instead.
+    pub(crate) fn next_due(&self, now: Instant) -> Option<Instant> {
+        self.backlog.iter().filter_map(|id| self.entries.get(id)?.not_before).filter(|at| *at > now).min()
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
@@ -223,6 +229,17 @@ impl Jobs {
             self.finish(id, Err(SdkError::DeadlineExceeded(allowed)));
         }
         out
+    }
+
+    /// Ends the jobs without a deadline that were sent `most` times.
+    pub(crate) fn fail_resent(&mut self, most: u32, error: &SdkError) {
+        let worn: Vec<u64> = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| entry.sends >= most && entry.spec.deadline.at().is_none())
+            .map(|(id, _)| *id)
+            .collect();
+        worn.into_iter().for_each(|id| self.finish(id, Err(error.clone())));
     }
 
     /// Ends every unfinished job that `which` names.
@@ -400,6 +417,20 @@ mod tests {
     }
 
     #[test]
+    fn a_job_that_brokers_die_of_ends() {
+        let mut jobs = Jobs::default();
+        jobs.add(1, spec(None));
+        jobs.add(2, spec(Some(Duration::from_secs(1000))));
+        for _ in 0..3 {
+            send_all(&mut jobs, 9);
+            jobs.requeue_all();
+            jobs.fail_resent(3, &SdkError::hung_up("x"));
+        }
+        assert!(matches!(jobs.take_done(1), Some(Err(SdkError::Disconnected { .. }))));
+        assert_eq!(send_all(&mut jobs, 9), [2]);
+    }
+
+    #[test]
     fn a_job_that_must_wait_does_not_hold_up_others() {
         let mut jobs = Jobs::default();
         (1..=3).for_each(|id| jobs.add(id, spec(None)));
@@ -407,7 +438,8 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(1000);
         jobs.requeue(1, Some(later));
         assert_eq!(send_all(&mut jobs, 9), [2, 3]);
-        assert_eq!(jobs.next_due(), Some(later));
+        assert_eq!(jobs.next_due(Instant::now()), Some(later));
+        assert_eq!(jobs.next_due(later), None);
         assert_eq!(jobs.backlog_len(), 1);
     }
 }

@@ -12,10 +12,10 @@ use shm_os::lane_mapping::LaneMapping;
 use shm_os::socket::{Listener, bind_listener};
 use shm_os::{Doorbell, Interest, Poller};
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -37,6 +37,13 @@ pub(crate) fn assert_right<T: AsRef<str>>(texts: &[T], rows: &worker_sdk::Embedd
     for (text, row) in texts.iter().zip(rows) {
         assert_eq!(row, vector(text.as_ref(), rows.fingerprint()));
     }
+}
+
+/// A compiled model, read-only.
+#[derive(Debug)]
+pub(crate) struct Image {
+    pub(crate) fd: OwnedFd,
+    pub(crate) description: ModelDescription,
 }
 
 /// How the peer is to behave; may be changed while it runs.
@@ -63,6 +70,8 @@ pub(crate) struct Behaviour {
     pub(crate) major: AtomicU32,
     /// Connections are closed as soon as a job is seen; counts down.
     pub(crate) drop_on_submit: AtomicU32,
+    /// What leases of an image carry.
+    pub(crate) image: Mutex<Option<Image>>,
     pub(crate) jobs: AtomicU64,
     pub(crate) cancels: AtomicU64,
     pub(crate) leases: AtomicU64,
@@ -86,6 +95,7 @@ impl Default for Behaviour {
             fingerprint: AtomicU64::new(FINGERPRINT),
             major: AtomicU32::new(u32::from(PROTOCOL_MAJOR)),
             drop_on_submit: AtomicU32::default(),
+            image: Mutex::default(),
             jobs: AtomicU64::default(),
             cancels: AtomicU64::default(),
             leases: AtomicU64::default(),
@@ -444,7 +454,11 @@ impl Broker {
             content_hash: [0; 32],
             backing: BackingKind::SealedMemfd,
         };
-        let leased = Leased { lease_id, model, lane, image: false };
+        let image = self.behaviour.image.lock().unwrap();
+        let image = image.as_ref().filter(|_| acquire.want_image);
+        let model = image.map_or(model, |image| image.description.clone());
+        fds.extend(image.map(|image| image.fd.try_clone().unwrap()));
+        let leased = Leased { lease_id, model, lane, image: image.is_some() };
         let _ = connection.stream.send(id, &BrokerMessage::Leased(leased), fds, long);
     }
 
