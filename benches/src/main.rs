@@ -1,2 +1,71 @@
-//! The bench runner.
-fn main() {}
+//! The bench runner: `cargo run --release -p benches -- NAME [--json]`. Only the choice of a bench is made here; each
+//! lives in a module of its own.
+#![forbid(unsafe_code)]
+
+mod attach;
+mod big_model;
+mod fixture;
+mod lane;
+mod machine;
+mod memory;
+mod processes20;
+mod python;
+mod report;
+mod ring;
+mod samples;
+mod texts;
+mod throughput;
+mod worker;
+
+use clap::{Parser, Subcommand};
+use std::time::Instant;
+
+/// Measures modelbroker beside its peers, on this machine, in one run.
+#[derive(Debug, Parser)]
+#[command(name = "benches", version)]
+struct Arguments {
+    /// Print one JSON object instead of tables.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Round trips between two processes: lanes against iceoryx2 and a Unix socket.
+    Ring(ring::Arguments),
+    /// From nothing to ready: how long a worker needs until it can use a loaded model, small and large.
+    Attach(attach::Arguments),
+    /// Copies of the weights, and what each process holds for itself, with 1, 4 and 16 workers.
+    Memory(memory::Arguments),
+    /// What it costs to have a text computed by the engine instead of in place.
+    Lane(lane::Arguments),
+    /// Twenty processes that each want the model, against twenty loads with sentence-transformers.
+    Processes20(processes20::Arguments),
+    /// Texts a second, against sentence-transformers.
+    Throughput(throughput::Arguments),
+    /// A worker process; started by the others.
+    #[command(hide = true)]
+    Worker(worker::Arguments),
+    /// The other process of `ring`; started by it.
+    #[command(hide = true)]
+    RingPeer(ring::PeerArguments),
+}
+
+fn main() -> anyhow::Result<()> {
+    let since_main = Instant::now();
+    let arguments = Arguments::parse();
+    let report = match &arguments.bench {
+        Bench::Ring(ring) => ring::run(ring)?,
+        Bench::Attach(attach) => attach::run(attach)?,
+        Bench::Memory(memory) => memory::run(memory)?,
+        Bench::Lane(lane) => lane::run(lane)?,
+        Bench::Processes20(processes) => processes20::run(processes)?,
+        Bench::Throughput(throughput) => throughput::run(throughput)?,
+        Bench::Worker(worker) => return worker::run(worker, since_main),
+        Bench::RingPeer(peer) => return ring::run_peer(peer),
+    };
+    report.print(arguments.json);
+    Ok(())
+}
