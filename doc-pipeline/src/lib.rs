@@ -22,6 +22,7 @@ pub mod parse;
 pub mod pipeline;
 pub mod read;
 mod schema;
+pub mod sdk_model;
 pub mod search;
 pub mod store;
 pub mod supervise;

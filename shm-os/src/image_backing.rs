@@ -13,7 +13,8 @@ mod writer;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::str::FromStr;
+
+pub use shm_layout::wire::BackingKind;
 
 pub use copy::{COPY_STEP_BYTES, copy_file_into_memfd, copy_image_into_sealed_memfd};
 pub use image_file::ImageFile;
@@ -28,77 +29,6 @@ use crate::{OsError, run_dir};
 
 /// Longest image key, bytes.
 pub const MAX_KEY_BYTES: usize = 128;
-
-/// Which backing holds an image. The numbers go over the control socket and are stable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum BackingKind {
-    /// An anonymous memory object, sealed.
-    SealedMemfd = 1,
-    /// A read-only file in a private cache folder.
-    ImageFile = 2,
-    /// An unlinked POSIX shared-memory object.
-    PosixShm = 3,
-}
-
-impl BackingKind {
-    /// Each kind, in the order of its number.
-    pub const ALL: [BackingKind; 3] = [Self::SealedMemfd, Self::ImageFile, Self::PosixShm];
-
-    /// The number that stands for the kind in messages.
-    pub fn as_u8(self) -> u8 {
-        self as u8
-    }
-
-    /// The kind of a number from a message.
-    pub fn from_u8(number: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.as_u8() == number)
-    }
-
-    /// The name used in configuration and output.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::SealedMemfd => "memfd",
-            Self::ImageFile => "file",
-            Self::PosixShm => "posix-shm",
-        }
-    }
-
-    /// What the kind promises.
-    pub fn guarantees(self) -> Guarantees {
-        let none = Guarantees {
-            immutable_for_everyone: false,
-            read_only_descriptor: true,
-            size_is_fixed: false,
-            survives_restart: false,
-            evictable: false,
-            nameless: false,
-            portable: false,
-        };
-        match self {
-            Self::SealedMemfd => {
-                Guarantees { immutable_for_everyone: true, size_is_fixed: true, nameless: true, ..none }
-            }
-            Self::ImageFile => Guarantees { survives_restart: true, evictable: true, portable: true, ..none },
-            Self::PosixShm => Guarantees { nameless: true, portable: true, ..none },
-        }
-    }
-}
-
-impl fmt::Display for BackingKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for BackingKind {
-    type Err = BackingError;
-
-    fn from_str(text: &str) -> Result<Self, BackingError> {
-        let unknown = || BackingError::UnknownKind { text: text.chars().take(32).collect() };
-        Self::ALL.into_iter().find(|kind| kind.name() == text).ok_or_else(unknown)
-    }
-}
 
 /// What a backing promises about a published image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,6 +49,28 @@ pub struct Guarantees {
     pub portable: bool,
 }
 
+impl Guarantees {
+    /// What backings of a kind promise.
+    pub fn of(kind: BackingKind) -> Guarantees {
+        let none = Guarantees {
+            immutable_for_everyone: false,
+            read_only_descriptor: true,
+            size_is_fixed: false,
+            survives_restart: false,
+            evictable: false,
+            nameless: false,
+            portable: false,
+        };
+        match kind {
+            BackingKind::SealedMemfd => {
+                Guarantees { immutable_for_everyone: true, size_is_fixed: true, nameless: true, ..none }
+            }
+            BackingKind::ImageFile => Guarantees { survives_restart: true, evictable: true, portable: true, ..none },
+            BackingKind::PosixShm => Guarantees { nameless: true, portable: true, ..none },
+        }
+    }
+}
+
 /// Why an image could not be made, published, found or accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum BackingError {
@@ -129,12 +81,6 @@ pub enum BackingError {
     BadKey {
         /// The key's first characters.
         key: String,
-    },
-    /// No backing has that name.
-    #[error("{text:?} is no image backing: use memfd, file or posix-shm")]
-    UnknownKind {
-        /// What was given.
-        text: String,
     },
     /// The image is empty or too large.
     #[error("an image of {len_bytes} bytes is not allowed: it must have 1 to {MAX_IMAGE_BYTES} bytes")]
@@ -263,7 +209,7 @@ pub trait ImageBacking: fmt::Debug + Send + Sync {
 
     /// What it promises about published images.
     fn guarantees(&self) -> Guarantees {
-        self.kind().guarantees()
+        Guarantees::of(self.kind())
     }
 
     /// Reserves `len_bytes` (1 to [`MAX_IMAGE_BYTES`]) for an image, zero-filled. Dropping the writer leaves nothing

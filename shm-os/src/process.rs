@@ -3,7 +3,8 @@
 
 mod spawn;
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use spawn::{ChildLimits, MAX_TARGET_FD, SpawnedChild, spawn_limited};
 
@@ -56,6 +57,29 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<bool, OsE
     }
     let error = OsError::last("signalling a process");
     if error.errno() == Some(libc::ESRCH) { Ok(false) } else { Err(error) }
+}
+
+/// Takes over a descriptor that the parent handed down under a number (3 to [`MAX_TARGET_FD`]), close-on-exec from now
+/// on. Each number can be taken once in a process's life.
+///
+/// # Errors
+/// [`ProcessError::BadTarget`] for a number out of range or taken before, [`ProcessError::Os`] when nothing is open there.
+pub fn take_inherited(number: i32) -> Result<OwnedFd, ProcessError> {
+    static TAKEN: AtomicU64 = AtomicU64::new(0);
+    if !(3..=MAX_TARGET_FD).contains(&number) {
+        return Err(ProcessError::BadTarget { target: number });
+    }
+    // Not owned by anybody in this process yet, as far as this function can know: numbers are taken once.
+    if TAKEN.fetch_or(1 << number, Ordering::Relaxed) & (1 << number) != 0 {
+        return Err(ProcessError::BadTarget { target: number });
+    }
+    // SAFETY: F_SETFD takes a number and touches no memory; it fails on a descriptor that is not open.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(OsError::last(format!("taking over descriptor {number} from the parent process")).into());
+    }
+    // SAFETY: open (just checked) and taken once (TAKEN); callers name a number that the parent put there for them, so
+    // nothing else in this process owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC: the same clock in every process of this boot, without jumps.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
-use super::{BackingError, BackingKind, PublishedImage, image_file, posix_shm, sealed_memfd};
+use super::{BackingError, BackingKind, Guarantees, PublishedImage, image_file, posix_shm, sealed_memfd};
 use crate::mapping::MappingError;
 use crate::{OsError, sigbus};
 
@@ -61,7 +61,7 @@ impl ImageWriter {
         let window = unsafe { MmapOptions::new().len(len).map_mut(object.fd().as_raw_fd()) }
             .map_err(|e| OsError::new("mapping an image to fill it", e))?;
         let _ = window.advise(Advice::HugePage);
-        let poison = match object.kind().guarantees().size_is_fixed {
+        let poison = match Guarantees::of(object.kind()).size_is_fixed {
             true => None,
             false => Some(sigbus::register(window.as_ptr() as usize, len, sigbus::Replacement::Writable)?),
         };

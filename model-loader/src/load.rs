@@ -1,0 +1,274 @@
+//! From a reference to a published image: resolve, look into the cache, compile when there is none, check, publish.
+
+use crate::error::LoadError;
+use crate::key::{image_key, readable};
+use engine::{CompileOptions, CompileProgress, ImageSink, compile_folder, verify_image};
+use model_source::{ModelRef, Progress, ResolvedModel, SourceOptions, resolve};
+use shm_layout::wire::LoadProgress;
+use shm_os::OsError;
+use shm_os::image_backing::{
+    BackingError, BackingKind, ImageBacking, ImageFile, ImageKey, ImageWriter, PosixShm, PublishedImage, SealedMemfd,
+};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Sub-folder of the cache that holds compiled images.
+const IMAGES_FOLDER: &str = "images";
+
+/// What to load and how.
+#[derive(Debug, Clone)]
+pub struct LoadRequest {
+    /// Model id, alias, or folder.
+    pub reference: String,
+    /// What the image shall lie in.
+    pub backing: BackingKind,
+    /// Where models are looked for, and the cache folder that compiled images go into as well.
+    pub source: SourceOptions,
+}
+
+/// A model that is ready to be handed out.
+#[derive(Debug)]
+pub struct LoadedImage {
+    /// Canonical id.
+    pub model_id: String,
+    /// The image; its content hash was checked on exactly these bytes.
+    pub image: PublishedImage,
+    /// Whether it came from the cache of compiled images.
+    pub from_cache: bool,
+}
+
+/// Loads a model. `progress` hears of every stage: `download`, `compile`, `copy`, `verify`.
+///
+/// A damaged image in the cache is thrown away and compiled anew. A cache folder that cannot be written (disk full,
+/// read-only) is gone without for a memory backing, which compiles straight into memory then.
+///
+/// # Errors
+/// [`LoadError`], whose text says what was wrong and what to do.
+pub fn load_image(
+    request: &LoadRequest,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<LoadedImage, LoadError> {
+    let reference = ModelRef::parse(&request.reference)?;
+    let model = resolve(&reference, &request.source, &mut Downloads { progress, stage: String::new(), done: 0, total: 0 })?;
+    let key = image_key(&model.id, &model.folder)?;
+    let memory: Option<Box<dyn ImageBacking>> = match request.backing {
+        BackingKind::SealedMemfd => Some(Box::new(SealedMemfd)),
+        BackingKind::PosixShm => Some(Box::new(PosixShm)),
+        BackingKind::ImageFile => None,
+    };
+    let images = match ImageFile::open(&request.source.cache_dir.join(IMAGES_FOLDER)) {
+        Ok(images) => images,
+        Err(error) => return without_cache(&model, &key, memory, error, progress),
+    };
+    if let Some(image) = cached(&images, &key, memory.as_deref(), progress)? {
+        return Ok(LoadedImage { model_id: model.id, image, from_cache: true });
+    }
+    let _lock = lock(&images.path_of(&key))?;
+    // Somebody else may have compiled it while this process waited for the lock.
+    if let Some(image) = cached(&images, &key, memory.as_deref(), progress)? {
+        return Ok(LoadedImage { model_id: model.id, image, from_cache: true });
+    }
+    let file = match compile(&model, &images, &key, progress) {
+        Ok(file) => file,
+        Err(error) if is_storage(&error) => return without_cache(&model, &key, memory, error, progress),
+        Err(error) => return Err(error),
+    };
+    clear_older(&images, &model.id, &key);
+    let image = match &memory {
+        Some(memory) => copy(&file, memory.as_ref(), &key, progress)?,
+        None => file,
+    };
+    check(&image, progress).map_err(|source| LoadError::Damaged { model_id: model.id.clone(), source })?;
+    Ok(LoadedImage { model_id: model.id, image, from_cache: false })
+}
+
+/// The cached image, checked; `None` when there is none or it was damaged (it is gone then).
+fn cached(
+    images: &ImageFile,
+    key: &ImageKey,
+    memory: Option<&dyn ImageBacking>,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Option<PublishedImage>, LoadError> {
+    let found = match images.open_existing(key) {
+        Ok(Some(found)) => found,
+        Ok(None) => return Ok(None),
+        Err(error) => {
+            tracing::warn!(%error, "cached image refused; compiling the model again");
+            images.remove(key)?;
+            return Ok(None);
+        }
+    };
+    let image = match memory {
+        Some(memory) => copy(&found, memory, key, progress)?,
+        None => found,
+    };
+    match check(&image, progress) {
+        Ok(()) => Ok(Some(image)),
+        Err(error) => {
+            tracing::warn!(%error, "cached image is damaged; compiling the model again");
+            images.remove(key)?;
+            Ok(None)
+        }
+    }
+}
+
+/// Compiles straight into memory because the cache folder is not usable; the next start will compile again.
+fn without_cache(
+    model: &ResolvedModel,
+    key: &ImageKey,
+    memory: Option<Box<dyn ImageBacking>>,
+    reason: impl Into<LoadError>,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<LoadedImage, LoadError> {
+    let reason = reason.into();
+    let Some(memory) = memory else { return Err(reason) };
+    tracing::warn!(%reason, "the cache of compiled images is not usable; compiling into memory only");
+    let image = compile(model, memory.as_ref(), key, progress)?;
+    check(&image, progress).map_err(|source| LoadError::Damaged { model_id: model.id.clone(), source })?;
+    Ok(LoadedImage { model_id: model.id.clone(), image, from_cache: false })
+}
+
+fn is_storage(error: &LoadError) -> bool {
+    matches!(
+        error,
+        LoadError::Compile {
+            source: engine::CompileError::DiskFull { .. } | engine::CompileError::Write { .. },
+            ..
+        } | LoadError::Backing(_)
+    )
+}
+
+/// Lets the compiler write into any backing.
+struct Sink<'a> {
+    backing: &'a dyn ImageBacking,
+    key: &'a ImageKey,
+    writer: Option<ImageWriter>,
+    failure: Option<BackingError>,
+}
+
+impl ImageSink for Sink<'_> {
+    fn reserve(&mut self, total_bytes: u64) -> io::Result<()> {
+        match self.backing.reserve(self.key, total_bytes) {
+            Ok(writer) => {
+                self.writer = Some(writer);
+                Ok(())
+            }
+            Err(error) => {
+                let kind = match &error {
+                    BackingError::NoSpace { .. } => io::ErrorKind::StorageFull,
+                    _ => io::ErrorKind::Other,
+                };
+                let told = io::Error::new(kind, error.to_string());
+                self.failure = Some(error);
+                Err(told)
+            }
+        }
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+        let window = self.writer.as_mut().ok_or_else(outside)?.window();
+        let start = usize::try_from(offset).map_err(|_| outside())?;
+        let end = start.checked_add(bytes.len()).ok_or_else(outside)?;
+        window.get_mut(start..end).ok_or_else(outside)?.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+fn compile(
+    model: &ResolvedModel,
+    backing: &dyn ImageBacking,
+    key: &ImageKey,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<PublishedImage, LoadError> {
+    let options = CompileOptions {
+        model_id: model.id.clone(),
+        allow_symlinks_into: model.contained_in.iter().cloned().collect(),
+    };
+    let mut sink = Sink { backing, key, writer: None, failure: None };
+    let mut report = |at: CompileProgress| progress(stage("compile", at.done_bytes, at.total_bytes));
+    match (compile_folder(&model.folder, &options, &mut sink, &mut report), sink.failure, sink.writer) {
+        (Ok(_), _, Some(writer)) => Ok(writer.publish()?),
+        (_, Some(failure), _) => Err(failure.into()),
+        (Err(source), ..) => Err(LoadError::Compile { model_id: model.id.clone(), source }),
+        (Ok(_), None, None) => Err(OsError::new("compiling", io::Error::from(io::ErrorKind::Other)).into()),
+    }
+}
+
+fn copy(
+    file: &PublishedImage,
+    memory: &dyn ImageBacking,
+    key: &ImageKey,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<PublishedImage, LoadError> {
+    let source = file.fd_read_only.try_clone().map_err(|e| OsError::new("copying a descriptor", e))?;
+    let mut writer = memory.reserve(key, file.len_bytes)?;
+    writer.fill_from_file(&File::from(source), &mut |done| {
+        progress(stage("copy", done, file.len_bytes));
+        true
+    })?;
+    Ok(writer.publish()?)
+}
+
+/// Checks structure and content hash on the bytes that will be handed out.
+fn check(image: &PublishedImage, progress: &mut dyn FnMut(LoadProgress)) -> Result<(), engine::VerifyError> {
+    progress(stage("verify", 0, image.len_bytes));
+    // An image that cannot be mapped is as good as damaged: it is compiled again, and the error of that is told.
+    let mapping = image.map().map_err(|_| engine::VerifyError::Hash)?;
+    verify_image(mapping.as_bytes())?;
+    progress(stage("verify", image.len_bytes, image.len_bytes));
+    if mapping.is_poisoned() { Err(engine::VerifyError::Hash) } else { Ok(()) }
+}
+
+/// Removes images of earlier states of the same model. A failure costs disk space only.
+fn clear_older(images: &ImageFile, model_id: &str, keep: &ImageKey) {
+    let path = images.path_of(keep);
+    let (Some(folder), Some(kept)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else { return };
+    let prefix = readable(model_id);
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+        let stem = name.split('.').next().unwrap_or_default();
+        let kept_stem = kept.split('.').next().unwrap_or_default();
+        if name.starts_with(&prefix) && stem != kept_stem {
+            let _ = fs::remove_file(folder.join(name));
+        }
+    }
+}
+
+/// Holds other loaders off while this one compiles; released when the file is closed, however the process ends.
+fn lock(image_path: &Path) -> Result<File, LoadError> {
+    let mut path = PathBuf::from(image_path).into_os_string();
+    path.push(".lock");
+    let failed = |e| OsError::new("locking the cache of compiled images", e);
+    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(failed)?;
+    file.lock().map_err(failed)?;
+    Ok(file)
+}
+
+fn stage(name: &str, done_bytes: u64, total_bytes: u64) -> LoadProgress {
+    LoadProgress { stage: name.to_owned(), done_bytes, total_bytes }
+}
+
+/// Hands the downloads' progress on.
+struct Downloads<'a> {
+    progress: &'a mut dyn FnMut(LoadProgress),
+    stage: String,
+    done: u64,
+    total: u64,
+}
+
+impl Progress for Downloads<'_> {
+    fn begin(&mut self, what: &str, total_bytes: Option<u64>) {
+        self.stage = what.chars().take(120).collect();
+        (self.done, self.total) = (0, total_bytes.unwrap_or(0));
+        (self.progress)(stage(&self.stage, 0, self.total));
+    }
+
+    fn advance(&mut self, bytes: u64) {
+        self.done = self.done.saturating_add(bytes);
+        (self.progress)(stage(&self.stage, self.done, self.total));
+    }
+
+    fn end(&mut self) {}
+}
