@@ -126,6 +126,9 @@ impl Core {
 
     /// Tells a session why it ends, and ends it.
     pub(super) fn close_session(&mut self, now_ns: u64, session: u64, refusal: Refusal) {
+        if self.sessions.get(session).is_none() {
+            return;
+        }
         self.end_session(now_ns, session);
         self.send(session, 0, BrokerMessage::Refused(refusal));
         self.actions.push(Action::Close { session });
@@ -185,9 +188,11 @@ impl Core {
 
     /// Lets go of generations that are not the current ones of their models and that nobody uses any more.
     pub(super) fn retire_unused(&mut self) {
-        let superseded = self.models.images.keys().copied().filter(|generation| !self.models.is_current(*generation));
-        let unused: Vec<u64> =
-            superseded.filter(|generation| !self.leases.holds(*generation) && !self.relay.uses(*generation)).collect();
+        let superseded =
+            self.models.images.keys().copied().filter(|generation| !self.models.is_current(*generation));
+        let unused: Vec<u64> = superseded
+            .filter(|generation| !self.leases.holds(*generation) && !self.relay.uses(*generation))
+            .collect();
         for generation in unused {
             let Some(image) = self.models.images.remove(&generation) else { continue };
             info!(model = image.description.model_id, generation, "generation let go");

@@ -31,6 +31,8 @@ pub(crate) struct Engine {
     pub(crate) drain_sent: bool,
     /// Why the last one died or could not be started.
     pub(crate) last_error: String,
+    /// Why it is being killed, where its exit will not tell.
+    pub(crate) killed_because: Option<String>,
     /// Starts in a row that did not end with an engine that reported itself.
     pub(crate) failed_starts: u32,
     /// Deaths in a row without work in between.
@@ -50,6 +52,7 @@ impl Default for Engine {
             totals: EngineTotals::default(),
             drain_sent: false,
             last_error: String::new(),
+            killed_because: None,
             failed_starts: 0,
             idle_deaths: 0,
             worked: false,
@@ -68,6 +71,7 @@ impl Engine {
         self.threads = 0;
         self.totals = EngineTotals::default();
         self.drain_sent = false;
+        self.killed_because = None;
         self.worked = false;
         self.was_up = false;
         self.incarnation
@@ -87,9 +91,10 @@ impl Engine {
     }
 
     /// Remembers that the engine is being killed, for its record of health.
-    pub(crate) fn dying(&mut self, now_ns: u64, limits: &Limits) {
+    pub(crate) fn dying(&mut self, reason: Option<String>, now_ns: u64, limits: &Limits) {
         self.note_health(now_ns, limits);
         self.phase = Phase::Dying;
+        self.killed_because = reason;
     }
 
     fn note_health(&mut self, now_ns: u64, limits: &Limits) {
@@ -168,7 +173,7 @@ mod tests {
         for (up_ns, delayed) in [(healthy_ns - 1, true), (healthy_ns, false)] {
             engine.begin(0, &limits);
             engine.up(1, 0);
-            engine.dying(up_ns, &limits);
+            engine.dying(None, up_ns, &limits);
             engine.dead("x".into(), up_ns, &limits);
             assert_eq!(delay_ms(&engine, up_ns) > 0, delayed);
         }

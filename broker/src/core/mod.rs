@@ -133,7 +133,7 @@ impl Core {
                 );
             }
             Event::Engine { incarnation, message } => self.engine_says(now_ns, incarnation, message),
-            Event::EngineLinkLost { incarnation, message } => self.engine_lost(now_ns, incarnation, &message),
+            Event::EngineLinkLost { incarnation, reason } => self.engine_lost(now_ns, incarnation, reason),
             Event::EngineExited { incarnation, exit } => {
                 let orderly = exit == ChildExit::Status(0) && self.engine.drain_sent;
                 self.engine_dead(now_ns, incarnation, format!("the engine {exit}"), orderly);

@@ -7,6 +7,7 @@ use super::models::{EngineSide, ms_until};
 use super::{Action, Attachment, Core};
 use shm_layout::code::Code;
 use shm_layout::wire::{FromEngine, Refusal, ToEngine};
+use std::collections::BTreeSet;
 use tracing::{debug, info, warn};
 
 impl Core {
@@ -19,7 +20,7 @@ impl Core {
             }
             Phase::Starting { deadline_ns } if deadline_ns <= now_ns => {
                 let incarnation = self.engine.incarnation;
-                self.engine_lost(now_ns, incarnation, "it did not report itself in time");
+                self.engine_lost(now_ns, incarnation, Some("it did not report itself in time".to_owned()));
             }
             _ => {}
         }
@@ -144,9 +145,8 @@ impl Core {
             self.fail_model(now_ns, entry, refusal.clone());
         }
         // Whoever has a lane would wait in it for ever; told so, it can connect and ask again.
-        let mut bereft: Vec<u64> =
+        let bereft: BTreeSet<u64> =
             self.lanes.live().filter(|(_, l)| l.generation == generation).map(|(_, l)| l.session).collect();
-        bereft.dedup();
         for session in bereft {
             self.close_session(now_ns, session, refusal.clone());
         }
@@ -154,17 +154,21 @@ impl Core {
     }
 
     /// The engine's link is gone or unusable, or it is too late: whatever it is, it must not write into lanes any more.
-    pub(super) fn engine_lost(&mut self, now_ns: u64, incarnation: u64, why: &str) {
+    pub(super) fn engine_lost(&mut self, now_ns: u64, incarnation: u64, reason: Option<String>) {
         let lives = !matches!(self.engine.phase, Phase::Down { .. } | Phase::Dying);
         if incarnation == self.engine.incarnation && lives {
-            debug!(pid = self.engine.pid, incarnation, "engine is being killed: {why}");
-            self.engine.dying(now_ns, &self.config.limits);
+            self.engine.dying(reason, now_ns, &self.config.limits);
             self.actions.push(Action::KillEngine { incarnation });
         }
     }
 
     /// The engine is gone for good: it writes nowhere any more. `orderly` = it was told to leave and did.
     pub(super) fn engine_dead(&mut self, now_ns: u64, incarnation: u64, why: String, orderly: bool) {
+        let why = self
+            .engine
+            .killed_because
+            .take()
+            .map_or(why, |reason| format!("the engine was killed: {reason}"));
         if incarnation != self.engine.incarnation || matches!(self.engine.phase, Phase::Down { .. }) {
             return;
         }

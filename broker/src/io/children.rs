@@ -220,17 +220,14 @@ impl EventLoop {
             events.push_back(Event::Engine { incarnation, message });
             true
         });
-        let message = match state {
+        let reason = match state {
             LinkState::Open => return,
-            LinkState::Closed => "its link is closed".to_owned(),
-            LinkState::Nonsense(why) => {
-                warn!(incarnation, "the engine speaks nonsense: {why}");
-                format!("it speaks nonsense: {why}")
-            }
+            LinkState::Closed => None,
+            LinkState::Nonsense(why) => Some(format!("it speaks nonsense: {why}")),
         };
         child.close_link(&self.poller);
         self.engine.forget();
-        self.events.push_back(Event::EngineLinkLost { incarnation, message });
+        self.events.push_back(Event::EngineLinkLost { incarnation, reason });
     }
 
     pub(crate) fn engine_ended(&mut self, incarnation: u64) {
@@ -265,8 +262,9 @@ impl EventLoop {
                 Err(error) => {
                     // What it said before is still read, at the latest when its process has ended.
                     self.engine.forget();
-                    let message = format!("its link cannot be written: {error}");
-                    self.events.push_back(Event::EngineLinkLost { incarnation, message });
+                    let reason =
+                        (!matches!(error, FramedError::Closed)).then(|| format!("its link fails: {error}"));
+                    self.events.push_back(Event::EngineLinkLost { incarnation, reason });
                     return;
                 }
             };
@@ -305,8 +303,8 @@ impl EventLoop {
             let queued =
                 self.engine.child.as_mut().and_then(|c| c.link.as_mut()).map(|l| l.queue(0, &message, fds));
             if let Some(Err(error)) = queued {
-                let message = format!("a message to it cannot be encoded: {error}");
-                self.events.push_back(Event::EngineLinkLost { incarnation, message });
+                let reason = Some(format!("a message to it cannot be encoded: {error}"));
+                self.events.push_back(Event::EngineLinkLost { incarnation, reason });
                 return;
             }
         }

@@ -264,7 +264,9 @@ impl EventLoop {
             Some(Token::LoaderLink(load_id)) => self.loader_link_ready(load_id),
             Some(Token::LoaderPid(load_id)) => self.loader_ended(load_id),
             // Writing happens in each turn anyway.
-            Some(Token::EngineLink(incarnation)) if event.readable || ended => self.engine_link_ready(incarnation),
+            Some(Token::EngineLink(incarnation)) if event.readable || ended => {
+                self.engine_link_ready(incarnation)
+            }
             Some(Token::EngineLink(_)) => {}
             Some(Token::EnginePid(incarnation)) => self.engine_ended(incarnation),
         }
