@@ -1,0 +1,12 @@
+//! What the fuzz targets run. No libFuzzer here: the same entry points are included by `shm-layout/tests/corpus.rs` and
+//! `engine/tests/corpus.rs`, which replay the saved inputs under plain `cargo test`.
+
+#[allow(dead_code)]
+#[path = "../../engine/src/config.rs"]
+mod config;
+#[allow(dead_code)]
+#[path = "../../engine/src/json.rs"]
+mod json;
+
+pub mod layout;
+pub mod model_files;
