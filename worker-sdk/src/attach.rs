@@ -153,7 +153,8 @@ impl AttachedModel {
     /// # Errors
     /// [`SdkError::Local`] when it is not.
     pub fn verify(&self) -> Result<(), SdkError> {
-        engine::verify_image(self.shared.image.as_bytes()).map_err(|error| SdkError::Local(error.to_string().into()))
+        engine::verify_image(self.shared.image.as_bytes())
+            .map_err(|error| SdkError::Local(error.to_string().into()))
     }
 
     /// Builds the tokenizer now (some ten milliseconds) instead of at the first text.

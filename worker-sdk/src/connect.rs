@@ -79,10 +79,10 @@ impl Core {
             if let Some(session) = slot.session.as_ref().filter(|session| session.is_alive()) {
                 return Ok(Arc::clone(session));
             }
-            if slot.attempts != seen {
-                if let Some(error) = &slot.last_error {
-                    return Err(error.clone());
-                }
+            if slot.attempts != seen
+                && let Some(error) = &slot.last_error
+            {
+                return Err(error.clone());
             }
             if deadline.has_passed() {
                 return Err(SdkError::DeadlineExceeded(deadline.allowed));

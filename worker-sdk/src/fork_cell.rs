@@ -39,10 +39,10 @@ impl<T> ForkCell<T> {
     pub(crate) fn get_or_make(&self, make: impl FnOnce() -> Arc<T>) -> Arc<T> {
         let generation = shm_os::fork_generation();
         let mut slot = self.slot(generation).lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, state)) = slot.as_ref() {
-            if *of == generation {
-                return Arc::clone(state);
-            }
+        if let Some((of, state)) = slot.as_ref()
+            && *of == generation
+        {
+            return Arc::clone(state);
         }
         let state = make();
         let displaced = slot.replace((generation, Arc::clone(&state)));

@@ -167,7 +167,6 @@ impl Model {
         Ok(Job::new(self.clone(), seat, specs, ids, empty))
     }
 
-    #[expect(clippy::type_complexity, reason = "a pair for two callers")]
     fn specs<T: AsRef<str>>(
         &self,
         seat: &Seat,

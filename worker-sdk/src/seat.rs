@@ -9,24 +9,23 @@
 //!
 //! One private lock guards everything here; the leader does not hold it while it sleeps.
 
+mod driver;
 mod jobs;
+mod lead;
 mod link;
 
 pub(crate) use jobs::{Answer, JobSpec};
 
-use crate::connect::{Core, RECONNECT_BASE, RECONNECT_CAP};
+use crate::connect::Core;
 use crate::error::SdkError;
-use crate::session::Watch;
 use crate::settings::Route;
 use crate::time::{Deadline, SLICE, backoff};
 use jobs::Jobs;
 use link::{Arrival, Link};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_PAYLOAD_BYTES;
-use shm_layout::wire::{Acquire, ClientMessage, ModelDescription};
-use shm_os::futex::WaitOutcome;
+use shm_layout::wire::ModelDescription;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// Jobs that wait to be sent, beyond which `submit` waits.
@@ -42,8 +41,6 @@ const REFUSED_CAP: Duration = Duration::from_millis(250);
 const CAPACITY_FACTOR: usize = 8;
 /// Time beyond a load's own limit after which its answer is not waited for any more.
 pub(crate) const LOAD_GRACE: Duration = Duration::from_secs(5);
-/// How long the background thread stays when no future waits.
-const DRIVER_LINGER: Duration = Duration::from_secs(2);
 
 /// What a seat was asked for; the same in a forked child and after a broker's death.
 #[derive(Debug)]
@@ -141,39 +138,6 @@ impl Seat {
         self.unlock(state);
     }
 
-    /// Takes up the lease for the first time; afterwards it is kept up by whoever leads.
-    pub(crate) fn open(
-        &self,
-        deadline: Deadline,
-        watch: Watch<'_>,
-    ) -> Result<Arc<ModelDescription>, SdkError> {
-        let started = Instant::now();
-        let mut attempts = 0;
-        let link = loop {
-            match self.acquire(deadline, watch) {
-                Ok(link) => break link,
-                // A broker that was there and went away: the next one may be up at once.
-                Err(SdkError::Disconnected { .. } | SdkError::Refused { code: Code::ShuttingDown, .. })
-                    if started.elapsed() < self.core.settings.patience =>
-                {
-                    std::thread::sleep(backoff(attempts, RECONNECT_BASE, RECONNECT_CAP));
-                    attempts += 1;
-                }
-                Err(error) => return Err(error),
-            }
-        };
-        let model = Arc::clone(&link.model);
-        let mut state = self.lock();
-        if state.link.is_none() {
-            self.install(&mut state, link);
-            self.unlock(state);
-        } else {
-            drop(state);
-            link.release();
-        }
-        Ok(model)
-    }
-
     /// The model as it was last leased; takes up the lease where there is none yet (in a forked child).
     pub(crate) fn model(&self) -> Result<Arc<ModelDescription>, SdkError> {
         if let Some(model) = &self.lock().model {
@@ -182,40 +146,11 @@ impl Seat {
         self.open(Deadline::after(None), &mut |_| {})
     }
 
-    fn acquire(&self, deadline: Deadline, watch: Watch<'_>) -> Result<Link, SdkError> {
-        let request = &*self.request;
-        let session = self.core.session(self.core.settings.start, deadline, watch)?;
-        let wait = deadline.left_within(request.wait);
-        let message = ClientMessage::Acquire(Acquire {
-            model: request.name.clone(),
-            want_lane: request.route == Route::Lane,
-            want_image: false,
-            wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
-        });
-        let until = Deadline::after(Some(deadline.left_within(request.wait.saturating_add(LOAD_GRACE))));
-        let reply = match session.request(&message, until, watch) {
-            Err(SdkError::DeadlineExceeded(_)) if !deadline.has_passed() => {
-                let message = format!("the model was not ready within {:?}: allow more time", request.wait);
-                return Err(SdkError::Refused {
-                    code: Code::LoadTimeout,
-                    message,
-                    retry_after: Duration::ZERO,
-                });
-            }
-            reply => reply?,
-        };
-        let number = self.core.next_id();
-        if self.core.is_other_broker(&session) {
-            tracing::info!("another broker than before: the lease is new");
-        }
-        Link::from_reply(number, session, reply, request.route)
-    }
-
     fn install(&self, state: &mut State, link: Link) {
-        if let Some(before) = &state.model {
-            if before.fingerprint != link.model.fingerprint {
-                tracing::warn!(model = %link.model.model_id, "the model was replaced by another one of that name");
-            }
+        if let Some(before) = &state.model
+            && before.fingerprint != link.model.fingerprint
+        {
+            tracing::warn!(model = %link.model.model_id, "the model was replaced by another one of that name");
         }
         state.model = Some(Arc::clone(&link.model));
         state.link = Some(link);
@@ -258,13 +193,13 @@ impl Seat {
 
     /// After a pause nobody knows whether the broker still lives; looking costs less than finding out by waiting.
     fn look_after_silence(&self, state: &mut State) {
-        if let Some(link) = &mut state.link {
-            if link.heard.elapsed() > SLICE {
-                if link.session.check_alive() {
-                    link.heard = Instant::now();
-                } else {
-                    state.link_down();
-                }
+        if let Some(link) = &mut state.link
+            && link.heard.elapsed() > SLICE
+        {
+            if link.session.check_alive() {
+                link.heard = Instant::now();
+            } else {
+                state.link_down();
             }
         }
     }
@@ -445,148 +380,6 @@ impl Seat {
         state
     }
 
-    /// One round of work for all, ending when something happened or after [`SLICE`].
-    fn lead<'a>(&'a self, mut state: Guard<'a>, until: Deadline) -> Guard<'a> {
-        state.leading = true;
-        let mut state = self.lead_round(state, until);
-        state.expire();
-        state.leading = false;
-        state
-    }
-
-    fn lead_round<'a>(&'a self, mut state: Guard<'a>, until: Deadline) -> Guard<'a> {
-        state.expire();
-        match &state.link {
-            Some(link) if link.session.is_alive() => {}
-            Some(_) => {
-                state.link_down();
-                return state;
-            }
-            None => return self.relink(state, until),
-        }
-        let news = self.reap(&mut state);
-        self.push(&mut state);
-        let slice = state.slice(until);
-        let Some(link) = state.link.as_mut().filter(|_| news == 0) else { return state };
-        let (session, number) = (Arc::clone(&link.session), link.number);
-        match &link.lane {
-            Some(lane) => {
-                let Some(tail) = lane.client.prepare_wait() else { return state };
-                let mapping = Arc::clone(&lane.mapping);
-                self.unlock(state);
-                match mapping.wait_completion(tail, slice) {
-                    Ok(WaitOutcome::TimedOut) => drop(session.check_alive()),
-                    Ok(_) => {}
-                    Err(error) => {
-                        tracing::warn!(%error, "waiting for the engine failed");
-                        std::thread::sleep(slice);
-                    }
-                }
-                state = self.lock();
-                if state.is_linked_by(number) {
-                    self.reap(&mut state);
-                }
-            }
-            None => {
-                self.unlock(state);
-                let mail = session.wait_mail(self.id, slice);
-                state = self.lock();
-                if state.is_linked_by(number) {
-                    if let Some(link) = &mut state.link {
-                        let arrivals = link.sort(mail);
-                        self.deliver(&mut state, arrivals);
-                    }
-                }
-            }
-        }
-        state
-    }
-
-    /// One attempt to take up the lease again, or a pause before it.
-    fn relink<'a>(&'a self, mut state: Guard<'a>, until: Deadline) -> Guard<'a> {
-        let now = Instant::now();
-        let faults = state.faults;
-        let outage = state.outage.get_or_insert_with(|| {
-            let pause =
-                if faults > 1 { backoff(faults, RECONNECT_BASE, RECONNECT_CAP) } else { Duration::ZERO };
-            Outage { since: now, attempts: 0, not_before: now + pause }
-        });
-        let (since, not_before) = (outage.since, outage.not_before);
-        if not_before > now {
-            let pause = state.slice(until).min(not_before - now);
-            self.unlock(state);
-            std::thread::sleep(pause);
-            return self.lock();
-        }
-        self.unlock(state);
-        let outcome = self.acquire(until, &mut |_| {
-            // Others' deadlines go on running while this thread waits for a load.
-            let mut state = self.lock();
-            state.expire();
-            self.unlock(state);
-        });
-        state = self.lock();
-        match outcome {
-            Ok(link) if state.closed => link.release(),
-            Ok(link) => {
-                tracing::info!(model = %link.model.model_id, gap = ?since.elapsed(), "connected to the broker again");
-                self.install(&mut state, link);
-            }
-            Err(SdkError::DeadlineExceeded(_)) if until.has_passed() => {}
-            Err(error @ SdkError::Fault { .. }) => {
-                state.outage = None;
-                self.fault(&mut state, &error.to_string());
-            }
-            Err(error) if error.is_broker_absence() => {
-                let waited = since.elapsed();
-                if waited > self.core.settings.patience {
-                    let lost = SdkError::Disconnected { reason: error.to_string(), waited };
-                    // Those with a deadline of their own chose how long to wait.
-                    state.jobs.fail(&lost, |spec| spec.deadline.at().is_none());
-                    state.outage = None;
-                } else if let Some(outage) = &mut state.outage {
-                    outage.not_before =
-                        Instant::now() + backoff(outage.attempts, RECONNECT_BASE, RECONNECT_CAP);
-                    outage.attempts += 1;
-                }
-            }
-            Err(error) => {
-                state.jobs.fail(&error, |_| true);
-                state.outage = None;
-            }
-        }
-        state
-    }
-
-    /// A future's look at its job: the outcome, or the promise that `waker` is woken when there is one.
-    pub(crate) fn poll(self: &Arc<Self>, id: u64, waker: &Waker) -> Poll<Result<Answer, SdkError>> {
-        let mut state = self.lock();
-        if let Some(outcome) = state.jobs.take_done(id) {
-            self.leave(state);
-            return Poll::Ready(outcome);
-        }
-        if state.jobs.deadline(id).is_none() {
-            self.leave(state);
-            return Poll::Ready(Err(SdkError::Cancelled));
-        }
-        state.jobs.watch(id, waker);
-        if !state.driver {
-            let seat = Arc::clone(self);
-            let spawned =
-                std::thread::Builder::new().name("modelbroker-sdk".into()).spawn(move || seat.drive());
-            match spawned {
-                Ok(_) => state.driver = true,
-                Err(error) => {
-                    state.forget(id);
-                    self.leave(state);
-                    return Poll::Ready(Err(SdkError::Os(format!("starting a thread for futures: {error}"))));
-                }
-            }
-        }
-        self.leave(state);
-        Poll::Pending
-    }
-
     /// The outcome of a job that is done, without any waiting.
     pub(crate) fn try_take(&self, id: u64) -> Option<Result<Answer, SdkError>> {
         let mut state = self.lock();
@@ -601,36 +394,6 @@ impl Seat {
         };
         self.leave(state);
         outcome
-    }
-
-    /// The background thread: leads while futures wait and no caller leads.
-    fn drive(&self) {
-        let mut state = self.lock();
-        loop {
-            if state.closed {
-                state.driver = false;
-                return self.leave(state);
-            }
-            if state.jobs.has_wakers() {
-                self.unlock(state);
-                state = self.lock();
-                continue;
-            }
-            if state.jobs.watched() == 0 {
-                let (woken, timeout) =
-                    self.driver.wait_timeout(state, DRIVER_LINGER).unwrap_or_else(PoisonError::into_inner);
-                state = woken;
-                if timeout.timed_out() && state.jobs.watched() == 0 {
-                    state.driver = false;
-                    return self.leave(state);
-                }
-            } else if state.leading || state.jobs.call_follower() {
-                // A blocked caller leads, or has just been called to; it calls this thread when it leaves.
-                state = self.driver.wait(state).unwrap_or_else(PoisonError::into_inner);
-            } else {
-                state = self.lead(state, Deadline::after(None));
-            }
-        }
     }
 
     /// Ends a job with "cancelled" and tells the engine.

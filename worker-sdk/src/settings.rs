@@ -132,12 +132,13 @@ impl ModelRequest {
     /// The name as the broker understands it, whose working folder is another one.
     pub(crate) fn resolved_name(&self) -> String {
         let path = std::path::Path::new(&self.name);
-        if !self.name.is_empty() && path.is_relative() && path.is_dir() {
-            if let Some(absolute) =
+        if !self.name.is_empty()
+            && path.is_relative()
+            && path.is_dir()
+            && let Some(absolute) =
                 std::path::absolute(path).ok().and_then(|path| path.into_os_string().into_string().ok())
-            {
-                return absolute;
-            }
+        {
+            return absolute;
         }
         self.name.clone()
     }

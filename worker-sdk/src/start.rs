@@ -185,10 +185,10 @@ fn wait_ready(
 
 fn wait_status(child: &mut SpawnedChild, deadline: Deadline) -> String {
     let mut events = Vec::new();
-    if let Ok(poller) = Poller::new() {
-        if poller.add(child.pidfd(), 0, Interest::READABLE).is_ok() {
-            let _ = poller.wait(&mut events, Some(deadline.left_within(SLICE)));
-        }
+    if let Ok(poller) = Poller::new()
+        && poller.add(child.pidfd(), 0, Interest::READABLE).is_ok()
+    {
+        let _ = poller.wait(&mut events, Some(deadline.left_within(SLICE)));
     }
     match child.wait_nonblocking() {
         Ok(Some(status)) => status.to_string(),

@@ -179,12 +179,12 @@ impl Jobs {
 
     /// Puts a sent job back in line, to be sent not before `not_before`.
     pub(crate) fn requeue(&mut self, id: u64, not_before: Option<Instant>) {
-        if let Some(entry) = self.entries.get_mut(&id) {
-            if matches!(entry.phase, Phase::Sent(_)) {
-                entry.phase = Phase::Queued;
-                entry.not_before = not_before;
-                self.backlog.push_back(id);
-            }
+        if let Some(entry) = self.entries.get_mut(&id)
+            && matches!(entry.phase, Phase::Sent(_))
+        {
+            entry.phase = Phase::Queued;
+            entry.not_before = not_before;
+            self.backlog.push_back(id);
         }
     }
 

@@ -164,12 +164,11 @@ impl Link {
 
     /// Wakes the engine if it sleeps; to be called after jobs were pushed.
     pub(super) fn ring(&self) {
-        if let Some(lane) = &self.lane {
-            if lane.client.needs_doorbell() {
-                if let Err(error) = lane.doorbell.ring() {
-                    tracing::warn!(%error, "the engine could not be woken");
-                }
-            }
+        if let Some(lane) = &self.lane
+            && lane.client.needs_doorbell()
+            && let Err(error) = lane.doorbell.ring()
+        {
+            tracing::warn!(%error, "the engine could not be woken");
         }
     }
 

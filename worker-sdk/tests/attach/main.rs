@@ -18,7 +18,8 @@ use worker_sdk::SdkError;
 
 const HIDDEN: usize = 16;
 const INNER: usize = 32;
-const WORDS: [&str; 12] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "##s", "on", "mat"];
+const WORDS: [&str; 12] =
+    ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "##s", "on", "mat"];
 
 /// A BERT of one layer with weights from a counter, as a Hugging Face style folder.
 fn write_model(folder: &Path) {
@@ -75,7 +76,10 @@ fn write_model(folder: &Path) {
             let value = if name.ends_with("LayerNorm.weight") { 1.0 + 0.1 * wobble } else { 0.3 * wobble };
             data.extend_from_slice(&value.to_le_bytes());
         }
-        header.push(format!(r#""{name}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{start},{}]}}"#, data.len()));
+        header.push(format!(
+            r#""{name}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{start},{}]}}"#,
+            data.len()
+        ));
     }
     let header = format!("{{{}}}", header.join(","));
     let mut file = File::create(folder.join("model.safetensors")).unwrap();
@@ -124,7 +128,8 @@ fn an_attached_worker_computes_on_the_shared_pages() {
     let mappings = shm_os::live_mappings();
     let attached = client.model("tiny").unwrap().attach().unwrap();
     attached.warm().unwrap();
-    let texts: Vec<String> = (0..300).map(|i| ["a cat sat", "dogs on a mat", "", "unknown words"][i % 4].into()).collect();
+    let texts: Vec<String> =
+        (0..300).map(|i| ["a cat sat", "dogs on a mat", "", "unknown words"][i % 4].into()).collect();
     let rows = attached.embed(&texts).unwrap();
     assert_eq!((rows.len(), rows.dim(), rows.fingerprint()), (300, HIDDEN, attached.fingerprint()));
     let alone = engine::Model::load(Arc::new(HeapImage::new(&bytes))).unwrap();

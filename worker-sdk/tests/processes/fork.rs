@@ -128,7 +128,7 @@ pub(crate) fn a_grandchild_works_too() {
         let child = in_child(|| {
             nix::unistd::alarm::set(60);
             // Every other generation does not use what it inherited.
-            if depth % 2 == 0 {
+            if depth.is_multiple_of(2) {
                 assert_right(&["deep"], &model.embed(&["deep"]).unwrap());
             }
             if depth > 0 {

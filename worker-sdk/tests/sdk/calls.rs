@@ -77,6 +77,7 @@ fn an_overlong_text_is_a_clear_error_and_nothing_is_computed() {
 }
 
 #[test]
+#[expect(clippy::single_range_in_vec_init, reason = "a text of one token")]
 fn token_spans_come_back_also_when_there_are_more_than_expected() {
     let (_folder, socket) = place();
     let peer = Peer::start(&socket);
