@@ -1,6 +1,7 @@
 //! Replays the fuzz targets' saved inputs under plain `cargo test`, through the same entry points that libFuzzer uses.
 //! `BLESS=1 cargo test -p shm-layout --test corpus` writes the seeds anew; inputs that fuzzing found lie beside them.
 
+#[allow(unreachable_pub)]
 #[path = "../../fuzz/src/layout/mod.rs"]
 mod layout;
 
