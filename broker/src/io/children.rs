@@ -164,13 +164,15 @@ pub(crate) struct EngineLink {
     outbox: VecDeque<(ToEngine, Vec<Attachment>)>,
     /// Lanes whose hand-over was left out because they were closed before it was written.
     skipped: HashSet<u64>,
+    /// Set once writing failed: nothing more is written to this incarnation.
+    broken: bool,
     /// Set when no descriptor was free.
     pub(crate) retry_at_ns: Option<u64>,
 }
 
 impl EngineLink {
     pub(crate) fn say(&mut self, message: ToEngine, attachments: Vec<Attachment>) {
-        if self.child.as_ref().is_some_and(|child| child.link.is_some()) {
+        if !self.broken && self.child.as_ref().is_some_and(|child| child.link.is_some()) {
             self.outbox.push_back((message, attachments));
         }
     }
