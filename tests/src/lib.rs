@@ -1,1 +1,6 @@
-//! End-to-end tests with real processes; the hostile client; kill storms.
+//! End-to-end tests with real processes. Here lies what they share: the program under test, a broker of a test's own, and
+//! the checks that nothing is left behind. The tests themselves lie in `tests/tests/`.
+
+pub mod census;
+pub mod program;
+pub mod running;

@@ -1,0 +1,348 @@
+//! The command line: every subcommand and option, with the texts that `--help` shows. No behaviour.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// One copy of each model's weights per machine, used by every process on it.
+#[derive(Debug, Parser)]
+#[command(name = "modelbroker", version, max_term_width = 100, after_help = EXIT_CODES)]
+pub(crate) struct Arguments {
+    /// The broker's socket [default: modelbroker/broker.sock in the user's run folder]
+    #[arg(long, global = true, value_name = "PATH", env = "MODELBROKER_SOCKET", hide_env_values = true)]
+    pub(crate) socket: Option<PathBuf>,
+    /// What to do
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 bad arguments, 3 no broker, 4 the model cannot be had, \
+5 input refused, 6 busy or too slow (try again), 7 partly done, 8 a check found something wrong, 9 a broker runs already.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the broker in the foreground
+    Serve(ServeArgs),
+    /// Ask the running broker to finish its work and leave
+    Stop(StopArgs),
+    /// Show models, engines and sessions
+    Status(JsonArgs),
+    /// Show the models that the broker knows
+    Models(JsonArgs),
+    /// Turn texts into vectors
+    Embed(EmbedArgs),
+    /// Index documents into a store, one subprocess per document
+    Index(IndexArgs),
+    /// Search a store
+    Search(SearchArgs),
+    /// Generate load and measure it
+    Load(LoadArgs),
+    /// Say what is wrong with this machine or setup, and how to fix it
+    Doctor(JsonArgs),
+    /// Show the main job end to end: one copy of a model, many processes
+    Demo(DemoArgs),
+    /// Compute jobs (started by the broker)
+    #[command(hide = true)]
+    Engine(EngineArgs),
+    /// Load a model (started by the broker)
+    #[command(hide = true)]
+    LoadModel(LoadModelArgs),
+    /// Index one document (started by `index`)
+    #[command(hide = true)]
+    IndexDocument(IndexDocumentArgs),
+    /// One worker process of `load` or `demo` (started by them)
+    #[command(hide = true)]
+    Worker(WorkerArgs),
+}
+
+/// What holds an image's pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Backing {
+    /// A sealed memory object: nobody can change it, not even its owner
+    Memfd,
+    /// A read-only file in the cache folder: a restart maps it again at once
+    File,
+    /// A POSIX shared-memory object
+    PosixShm,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// Model for clients that name none: id or folder
+    #[arg(
+        long,
+        value_name = "MODEL",
+        env = "MODELBROKER_MODEL",
+        default_value = "sentence-transformers/all-MiniLM-L6-v2"
+    )]
+    pub(crate) model: String,
+    /// Where models and images are cached
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// What images lie in
+    #[arg(long, value_enum, default_value = "memfd")]
+    pub(crate) backing: Backing,
+    /// Compute threads of the engine [default: the cores that this process may use]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Leave after so many seconds without any session
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) idle_exit: Option<u64>,
+    /// Append log lines to this file instead of stderr
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log_file: Option<PathBuf>,
+    /// Log lines as JSON
+    #[arg(long)]
+    pub(crate) log_json: bool,
+    /// Let processes of other users in
+    #[arg(long)]
+    pub(crate) allow_other_users: bool,
+    /// Leave the engine readable for this user's other processes, so that its memory can be counted
+    #[arg(long, hide = true)]
+    pub(crate) inspectable: bool,
+    /// Descriptor that is written to and closed once the socket accepts connections
+    #[arg(long, value_name = "N", hide = true)]
+    pub(crate) ready_fd: Option<i32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// Longest wait for the work that was accepted, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) drain: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct JsonArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How texts are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum InputFormat {
+    /// One text a line
+    Lines,
+    /// One JSON object a line: {"text": "…"}
+    Jsonl,
+}
+
+/// How vectors are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputFormat {
+    /// One JSON object a line: {"index": 0, "embedding": […], "cached": false}
+    Jsonl,
+    /// One JSON document
+    Json,
+    /// A NumPy array of float32, rows x dimension
+    Npy,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EmbedArgs {
+    /// Model id or folder [default: the broker's default model]
+    #[arg(long, value_name = "ID", default_value = "")]
+    pub(crate) model: String,
+    /// How stdin is read
+    #[arg(long, value_enum, default_value = "lines")]
+    pub(crate) input: InputFormat,
+    /// How vectors are written
+    #[arg(long, value_enum, default_value = "jsonl")]
+    pub(crate) format: OutputFormat,
+    /// Send jobs through shared memory or as frames on the socket
+    #[arg(long, value_enum, default_value = "lane")]
+    pub(crate) route: RouteArg,
+    /// Longest wait for an answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) timeout: u64,
+    /// Texts; `-` (or none) reads stdin
+    #[arg(value_name = "TEXT")]
+    pub(crate) texts: Vec<String>,
+}
+
+/// How jobs travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RouteArg {
+    /// Through shared memory, straight to the engine
+    Lane,
+    /// As frames on the socket, through the broker
+    Socket,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct IndexArgs {
+    /// Files and folders (.md, .txt, .html, .csv and the like)
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// The store, a SQLite file; made when it does not exist
+    #[arg(long, value_name = "FILE")]
+    pub(crate) store: PathBuf,
+    /// Subprocesses at once
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) jobs: usize,
+    /// Model id or folder [default: the broker's default model]
+    #[arg(long, value_name = "ID", default_value = "")]
+    pub(crate) model: String,
+    /// Tokens a chunk aims at
+    #[arg(long, value_name = "N")]
+    pub(crate) chunk_tokens: Option<usize>,
+    /// Tokens that neighbouring chunks share
+    #[arg(long, value_name = "N")]
+    pub(crate) overlap_tokens: Option<usize>,
+    /// Longest time for one document, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub(crate) document_timeout: u64,
+    /// Print the summary as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct IndexDocumentArgs {
+    /// The document
+    pub(crate) path: PathBuf,
+    /// The store
+    #[arg(long)]
+    pub(crate) store: PathBuf,
+    /// Model id
+    #[arg(long, default_value = "")]
+    pub(crate) model: String,
+    /// Tokens a chunk aims at
+    #[arg(long)]
+    pub(crate) chunk_tokens: Option<usize>,
+    /// Tokens that neighbouring chunks share
+    #[arg(long)]
+    pub(crate) overlap_tokens: Option<usize>,
+    /// Report attach time and memory on stderr as one JSON line, and stay until stdin ends
+    #[arg(long)]
+    pub(crate) report_memory: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SearchArgs {
+    /// What to look for
+    pub(crate) query: String,
+    /// The store
+    #[arg(long, value_name = "FILE")]
+    pub(crate) store: PathBuf,
+    /// How many results
+    #[arg(short, long = "results", value_name = "N", default_value_t = 5)]
+    pub(crate) k: usize,
+    /// Model id or folder [default: the one that the store was made with]
+    #[arg(long, value_name = "ID")]
+    pub(crate) model: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Client processes
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) clients: usize,
+    /// Threads in each client
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) threads: usize,
+    /// How long, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    pub(crate) duration: f64,
+    /// Tokens of a text, about
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) tokens: usize,
+    /// Texts in one interactive request
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) batch: usize,
+    /// How jobs travel
+    #[arg(long, value_enum, default_value = "lane")]
+    pub(crate) route: RouteArg,
+    /// Share of threads that send bulk requests, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub(crate) bulk: f64,
+    /// Texts in one bulk request
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) bulk_batch: usize,
+    /// Longest wait for one answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30.0)]
+    pub(crate) timeout: f64,
+    /// Check every answer against a reference that is computed first
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Seed of the texts: the same one gives the same texts
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Model id or folder [default: the broker's default model]
+    #[arg(long, value_name = "ID", default_value = "")]
+    pub(crate) model: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Documents to index [default: the corpus shipped with the source]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) corpus: Option<PathBuf>,
+    /// Worker processes
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) workers: usize,
+    /// Model id or folder
+    #[arg(long, value_name = "ID", default_value = "sentence-transformers/all-MiniLM-L6-v2")]
+    pub(crate) model: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EngineArgs {
+    /// Descriptor of the link to the broker
+    #[arg(long)]
+    pub(crate) link_fd: i32,
+    /// Compute threads; 0 = the cores that this process may use
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Leave this process readable for debuggers and this user's other processes
+    #[arg(long)]
+    pub(crate) inspectable: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadModelArgs {
+    /// Descriptor of the link to the broker
+    #[arg(long)]
+    pub(crate) link_fd: i32,
+    /// Model id or folder
+    #[arg(long)]
+    pub(crate) model: String,
+    /// What the image shall lie in
+    #[arg(long, value_enum)]
+    pub(crate) backing: Backing,
+    /// Cache folder
+    #[arg(long)]
+    pub(crate) cache_dir: PathBuf,
+}
+
+/// What a worker process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WorkerRole {
+    /// Sends load as the JSON plan on stdin says
+    Load,
+    /// Loads the model privately, embeds, reports memory (what sharing is compared with)
+    Private,
+    /// Attaches the shared image, embeds, reports memory
+    Attached,
+    /// Connects as a thin worker, embeds, reports memory
+    Thin,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    /// What to do
+    #[arg(value_enum)]
+    pub(crate) role: WorkerRole,
+    /// Model id or folder
+    #[arg(long, default_value = "")]
+    pub(crate) model: String,
+}

@@ -1,0 +1,184 @@
+//! `status`, `models`, `stop`: questions and orders to a broker that runs. None of them starts one.
+
+use crate::args::{JsonArgs, StopArgs};
+use crate::failure::Failure;
+use crate::terminal::{bold, bytes, micros};
+use serde_json::{Value, json};
+use shm_layout::wire::{EngineReport, ModelReport, ModelState, SessionReport};
+use std::path::PathBuf;
+use std::time::Duration;
+use worker_sdk::{StartBroker, StatusReport};
+
+fn report(socket: Option<PathBuf>, name: &str) -> Result<StatusReport, Failure> {
+    let client = super::client(socket, name, Some(StartBroker::Never)).connect()?;
+    Ok(client.status()?)
+}
+
+/// Prints the state of everything.
+pub(super) fn status(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Failure> {
+    let report = report(socket, "status")?;
+    if args.json {
+        println!("{}", status_json(&report));
+        return Ok(());
+    }
+    println!(
+        "{} {}, process {}, up {}, default model {}",
+        bold("broker"),
+        report.version,
+        report.broker_pid,
+        micros(report.uptime_us),
+        report.default_model
+    );
+    for model in &report.models {
+        println!("{}", model_line(model));
+    }
+    for engine in &report.engines {
+        println!(
+            "{} process {}, {} threads, {} lanes, {} restarts; {} jobs, {} texts, {} tokens, {} errors, {} waiting",
+            bold("engine"),
+            engine.pid,
+            engine.threads,
+            engine.lanes,
+            engine.restarts,
+            engine.totals.jobs,
+            engine.totals.texts,
+            engine.totals.tokens,
+            engine.totals.errors,
+            engine.totals.queued_jobs
+        );
+    }
+    for session in &report.sessions {
+        println!(
+            "{} {} process {}: {} leases, {} lanes, {} jobs on the socket, {}",
+            bold("session"),
+            session.client_name,
+            session.pid,
+            session.leases,
+            session.lanes,
+            session.socket_jobs,
+            micros(session.age_us)
+        );
+    }
+    if report.faults > 0 {
+        println!("{} sessions were ended because their client broke the protocol", report.faults);
+    }
+    Ok(())
+}
+
+/// Prints the models that the broker knows.
+pub(super) fn models(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Failure> {
+    let report = report(socket, "models")?;
+    if args.json {
+        println!("{}", json!({ "default": report.default_model, "models": models_json(&report.models) }));
+        return Ok(());
+    }
+    if report.models.is_empty() {
+        println!("no model has been asked for yet; the default is {}", report.default_model);
+    }
+    for model in &report.models {
+        println!("{}", model_line(model));
+    }
+    Ok(())
+}
+
+/// Asks the broker to leave and waits until it is gone.
+pub(super) fn stop(socket: Option<PathBuf>, args: &StopArgs) -> Result<(), Failure> {
+    let client = super::client(socket, "stop", Some(StartBroker::Never)).connect()?;
+    Ok(client.shutdown(Duration::from_secs(args.drain))?)
+}
+
+fn state_name(state: ModelState) -> &'static str {
+    match state {
+        ModelState::Loading => "loading",
+        ModelState::Ready => "ready",
+        ModelState::Failed => "failed",
+    }
+}
+
+fn model_line(model: &ModelReport) -> String {
+    let what = match (&model.description, &model.error) {
+        (Some(d), _) => format!(
+            "{} dimensions, {} tokens at most, image {} ({}), loaded in {}, {} leases",
+            d.output_dim,
+            d.max_seq_tokens,
+            bytes(d.image_bytes),
+            d.backing.name(),
+            micros(model.load_us),
+            model.leases
+        ),
+        (None, Some(error)) => error.clone(),
+        (None, None) => String::new(),
+    };
+    format!("{} {} {}: {what}", bold("model"), model.model_id, state_name(model.state))
+}
+
+fn status_json(report: &StatusReport) -> Value {
+    json!({
+        "version": report.version,
+        "broker_pid": report.broker_pid,
+        "boot_id": format!("{:016x}", report.boot_id),
+        "uptime_us": report.uptime_us,
+        "default_model": report.default_model,
+        "models": models_json(&report.models),
+        "engines": report.engines.iter().map(engine_json).collect::<Vec<_>>(),
+        "sessions": report.sessions.iter().map(session_json).collect::<Vec<_>>(),
+        "faults": report.faults,
+        "open_descriptors": report.open_descriptors,
+    })
+}
+
+fn models_json(models: &[ModelReport]) -> Vec<Value> {
+    models.iter().map(model_json).collect()
+}
+
+fn model_json(model: &ModelReport) -> Value {
+    let description = model.description.as_ref().map(|d| {
+        json!({
+            "generation": d.generation,
+            "output_dim": d.output_dim,
+            "max_seq_tokens": d.max_seq_tokens,
+            "image_bytes": d.image_bytes,
+            "fingerprint": format!("{:016x}", d.fingerprint),
+            "content_hash": d.content_hash.iter().map(|b| format!("{b:02x}")).collect::<String>(),
+            "backing": d.backing.name(),
+        })
+    });
+    json!({
+        "id": model.model_id,
+        "state": state_name(model.state),
+        "image": description,
+        "load_us": model.load_us,
+        "loads": model.loads,
+        "leases": model.leases,
+        "lease_pids": model.lease_pids,
+        "idle_us": model.idle_us,
+        "error": model.error,
+    })
+}
+
+fn engine_json(engine: &EngineReport) -> Value {
+    json!({
+        "pid": engine.pid,
+        "incarnation": engine.incarnation,
+        "restarts": engine.restarts,
+        "lanes": engine.lanes,
+        "threads": engine.threads,
+        "jobs": engine.totals.jobs,
+        "texts": engine.totals.texts,
+        "tokens": engine.totals.tokens,
+        "errors": engine.totals.errors,
+        "queued_jobs": engine.totals.queued_jobs,
+    })
+}
+
+fn session_json(session: &SessionReport) -> Value {
+    json!({
+        "session_id": session.session_id,
+        "pid": session.pid,
+        "client_name": session.client_name,
+        "leases": session.leases,
+        "lanes": session.lanes,
+        "socket_jobs": session.socket_jobs,
+        "age_us": session.age_us,
+    })
+}

@@ -1,0 +1,87 @@
+//! One module a command. This file only chooses which runs.
+
+mod children;
+mod control;
+mod demo;
+mod doctor;
+mod documents;
+mod embed;
+mod load;
+mod serve;
+mod worker;
+
+use crate::args::{Arguments, Command, RouteArg};
+use crate::failure::Failure;
+use crate::{logging, terminal};
+use std::path::PathBuf;
+use std::time::Duration;
+use worker_sdk::{Client, ClientBuilder, Model, ModelRequest, Route, StartBroker};
+
+/// Runs the command that was asked for.
+///
+/// # Errors
+/// [`Failure`] with a message and an exit code.
+pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
+    let socket = arguments.socket;
+    match &arguments.command {
+        // The broker and its children choose their own logs.
+        Command::Serve(_) | Command::Engine(_) | Command::LoadModel(_) => {}
+        _ => logging::init("warn", None, false)?,
+    }
+    match arguments.command {
+        Command::Serve(args) => serve::run(socket, args),
+        Command::Stop(args) => control::stop(socket, &args),
+        Command::Status(args) => control::status(socket, &args),
+        Command::Models(args) => control::models(socket, &args),
+        Command::Embed(args) => embed::run(socket, args),
+        Command::Index(args) => documents::index(socket, &args),
+        Command::Search(args) => documents::search(socket, &args),
+        Command::Load(args) => load::run(socket, &args),
+        Command::Doctor(args) => doctor::run(socket, &args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Engine(args) => children::engine(&args),
+        Command::LoadModel(args) => children::load_model(args),
+        Command::IndexDocument(args) => documents::index_one(socket, &args),
+        Command::Worker(args) => worker::run(socket, &args),
+    }
+}
+
+/// A client of the broker at `socket`, or at the default one. `Never` for commands that only look at one that runs.
+fn client(socket: Option<PathBuf>, name: &str, start: Option<StartBroker>) -> ClientBuilder {
+    let mut builder = Client::builder().name(name);
+    if let Some(socket) = socket {
+        builder = builder.socket(socket);
+    }
+    if let Ok(program) = std::env::current_exe() {
+        builder = builder.broker_program(program);
+    }
+    match start {
+        Some(start) => builder.start_broker(start),
+        None => builder,
+    }
+}
+
+/// A lease on `name` with a progress bar while it loads.
+fn lease(client: &Client, name: &str, route: RouteArg) -> Result<Model, Failure> {
+    let route = match route {
+        RouteArg::Lane => Route::Lane,
+        RouteArg::Socket => Route::Socket,
+    };
+    let request = ModelRequest::new(model_name(name)).route(route).progress(terminal::load_progress());
+    Ok(client.model_with(request)?)
+}
+
+/// A model name as the broker understands it: a folder is named by its absolute path, since the broker has another
+/// working directory.
+fn model_name(name: &str) -> String {
+    let is_path = name.starts_with(['.', '/', '~']) || std::path::Path::new(name).is_dir();
+    match (is_path, std::fs::canonicalize(name)) {
+        (true, Ok(path)) => path.to_string_lossy().into_owned(),
+        _ => name.to_owned(),
+    }
+}
+
+/// Seconds from the command line as a duration; nonsense becomes zero.
+fn seconds(value: f64) -> Duration {
+    Duration::try_from_secs_f64(value).unwrap_or(Duration::ZERO)
+}
