@@ -77,8 +77,8 @@ mod tests {
     use super::*;
     use shm_layout::payload::texts_len_bytes;
 
-    /// Deterministic lengths of every kind: empty, short, around the limits.
-    fn lengths(seed: u64, count: usize) -> Vec<String> {
+    /// Texts, cut from one long one, of deterministic lengths of every kind: empty, short, around the limits.
+    fn lengths(long: &str, seed: u64, count: usize) -> Vec<&str> {
         let mut state = seed;
         let mut next = move || {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -92,18 +92,19 @@ mod tests {
                     6 => next() % (80 * 1024),
                     _ => MAX_TEXT_BYTES - next() % 1000,
                 };
-                "x".repeat(len)
+                &long[..len]
             })
             .collect()
     }
 
     #[test]
     fn parts_cover_the_list_in_order_and_keep_to_the_limits() {
+        let long = "x".repeat(MAX_TEXT_BYTES);
         for seed in 0..20 {
             for (operation, dim) in
                 [(Operation::Embed, 384), (Operation::Embed, 200_000), (Operation::Tokenize, 384)]
             {
-                let texts = lengths(seed, (seed as usize * 37) % 300);
+                let texts = lengths(&long, seed, (seed as usize * 37) % 300);
                 let parts = split(&texts, operation, dim).unwrap();
                 let mut next = 0;
                 for part in parts {
