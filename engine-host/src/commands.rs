@@ -20,7 +20,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 impl<L: Loader> Host<L> {
     /// Reads and does everything that the broker has sent; ends the engine when the link is gone.
     pub(crate) fn on_link(&self) {
+        let mut messages = 0;
         let outcome = self.link.read(|message, fds| {
+            messages += 1;
+            // More than one: the other thread computes what the first ones brought while this one reads on. A lone job is
+            // computed here, without that hop.
+            if messages == 2 {
+                self.wake_a_thread();
+            }
             if let Err(error) = self.command(message, fds) {
                 self.stop(Err(error));
             }
@@ -58,6 +65,8 @@ impl<L: Loader> Host<L> {
         if self.state().models.contains_key(&generation) {
             return self.link.send(&FromEngine::ModelReady { generation });
         }
+        // Loading takes milliseconds; what waits meanwhile is the other thread's.
+        self.wake_a_thread();
         let image = ReceivedImage { fd, len_bytes, backing };
         let loaded = catch_unwind(AssertUnwindSafe(|| {
             let model = self.loader.load(image)?;

@@ -7,13 +7,16 @@
 //! wake-ups in all: client to engine by the bell, engine to client by the futex. While one computes, the other waits for
 //! events and serves the link; nobody spins.
 //!
+//! The exception is work that comes with other work: whoever finds more to do on the link than one message, or a model to
+//! load, wakes the other thread for the rest.
+//!
 //! # Bells under load
 //! A lane whose bell rang stays *unarmed*, and its client submits in silence, until a look finds it empty. While a batch is
 //! computed nobody looks: what arrives meanwhile could not be computed anyway, and taking it would only cost the batch
 //! processor time. So a busy lane rings at most once a batch, and a saturated engine hears no bells at all.
 
 use crate::compute::Loader;
-use crate::host::{FIRST_LANE_TOKEN, Host, LINK_TOKEN, WAKER_TOKEN};
+use crate::host::{FIRST_LANE_TOKEN, Host, LINK_TOKEN};
 use crate::lane::Taken;
 use shm_os::PollEvent;
 use std::time::Duration;
@@ -35,16 +38,19 @@ impl<L: Loader> Host<L> {
                 self.stop(Err(error.into()));
             }
             for event in &events {
-                match event.token {
-                    LINK_TOKEN => {
-                        if event.writable {
-                            self.link.on_writable();
-                        }
-                        self.on_link();
-                    }
-                    WAKER_TOKEN => {}
-                    token => self.on_bell(token - FIRST_LANE_TOKEN),
+                if event.token >= FIRST_LANE_TOKEN {
+                    self.on_bell(event.token - FIRST_LANE_TOKEN);
                 }
+            }
+            // The link last: a command may take milliseconds, and the lanes are then the other thread's.
+            if let Some(event) = events.iter().find(|event| event.token == LINK_TOKEN) {
+                if events.len() > 1 {
+                    self.wake_a_thread();
+                }
+                if event.writable {
+                    self.link.on_writable();
+                }
+                self.on_link();
             }
         }
         // The other thread may be asleep: one ring wakes one.
