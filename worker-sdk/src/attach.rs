@@ -8,9 +8,9 @@ use crate::model::Model;
 use crate::session::{Reply, Session};
 use crate::time::Deadline;
 use shm_layout::image::ImageBytes;
-use shm_layout::wire::{Acquire, BackingKind, ClientMessage, Leased, ModelDescription};
+use shm_layout::wire::{Acquire, ClientMessage, Leased, ModelDescription};
 use shm_os::ReadOnlyMapping;
-use shm_os::image_backing::{self, map_published};
+use shm_os::image_backing::map_published;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -108,12 +108,7 @@ impl AttachedModel {
             return Err(fault("it gave no image with the lease".into()));
         };
         let description = leased.model;
-        let kind = match description.backing {
-            BackingKind::SealedMemfd => image_backing::BackingKind::SealedMemfd,
-            BackingKind::ImageFile => image_backing::BackingKind::ImageFile,
-            BackingKind::PosixShm => image_backing::BackingKind::PosixShm,
-        };
-        let mapping = map_published(fd.as_fd(), kind, description.image_bytes)
+        let mapping = map_published(fd.as_fd(), description.backing, description.image_bytes)
             .map_err(|error| fault(format!("its image cannot be mapped: {error}")))?;
         let image = Arc::new(MappedImage(mapping));
         let shared_image: Arc<dyn ImageBytes> = Arc::<MappedImage>::clone(&image);

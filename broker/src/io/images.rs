@@ -22,13 +22,6 @@ pub(crate) enum ImageRefused {
     BadModelId(usize),
 }
 
-/// The number that names an image's content: weights, tokenizer, pooling and precision are all in its hash.
-fn fingerprint(content_hash: &[u8; 32]) -> u64 {
-    let mut first = [0; 8];
-    first.copy_from_slice(&content_hash[..8]);
-    u64::from_le_bytes(first)
-}
-
 /// Checks an image and reads from its header what clients are told.
 ///
 /// # Errors
@@ -42,12 +35,7 @@ pub(crate) fn check_image(
     if model_id.is_empty() || model_id.len() > MAX_MODEL_NAME_BYTES {
         return Err(ImageRefused::BadModelId(model_id.len()));
     }
-    let kind = match backing {
-        BackingKind::SealedMemfd => image_backing::BackingKind::SealedMemfd,
-        BackingKind::ImageFile => image_backing::BackingKind::ImageFile,
-        BackingKind::PosixShm => image_backing::BackingKind::PosixShm,
-    };
-    let mapping = image_backing::map_published(fd, kind, image_bytes)?;
+    let mapping = image_backing::map_published(fd, backing, image_bytes)?;
     let Some(head) = mapping.as_bytes().first_chunk::<HEADER_BYTES>() else {
         return Err(ImageError::TooShort { len_bytes: image_bytes }.into());
     };
@@ -60,7 +48,7 @@ pub(crate) fn check_image(
         output_dim: values.output_dim,
         max_seq_tokens: values.max_seq_tokens,
         image_bytes,
-        fingerprint: fingerprint(&values.content_hash),
+        fingerprint: values.fingerprint(),
         content_hash: values.content_hash,
         backing,
     })

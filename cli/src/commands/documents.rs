@@ -71,7 +71,11 @@ pub(super) fn index(socket: Option<PathBuf>, args: &IndexArgs) -> Result<(), Fai
             summary.elapsed_ms as f64 / 1e3
         );
         for failure in &summary.failures {
-            eprintln!("modelbroker: {}: {}", failure.path.display(), failure.message);
+            let path = failure.path.display().to_string();
+            match failure.message.contains(&path) {
+                true => eprintln!("modelbroker: {}", failure.message),
+                false => eprintln!("modelbroker: {path}: {}", failure.message),
+            }
         }
     }
     if summary.failed > 0 || !walked.problems.is_empty() {

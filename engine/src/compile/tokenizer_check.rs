@@ -446,7 +446,7 @@ mod tests {
             (
                 "/normalizer",
                 json!({"type": "Replace", "pattern": {"String": "a"}, "content": "b".repeat(65)}),
-                "too long",
+                "lengthen",
             ),
             (
                 "/normalizer",

@@ -20,6 +20,3 @@ pub(crate) use vector::{
     activate_rows, add_bias_rows, add_norm_row, embed_row, max_row, scale_row, sum_row, unit_row,
 };
 pub(crate) use weights::WeightSlice;
-
-/// Version of the kernels' arithmetic; part of a model's fingerprint, increased when results may change in any bit.
-pub(crate) const ARITHMETIC_VERSION: u32 = 1;

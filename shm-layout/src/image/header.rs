@@ -147,6 +147,14 @@ const FLAG_NORMALIZE: u32 = 1;
 const FLAG_LOWER_CASE: u32 = 2;
 
 impl HeaderValues {
+    /// Names weights, tokenizer, pooling and precision in one number: the first eight bytes of the content hash, which
+    /// covers them all, read as little-endian.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.content_hash;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+
     /// The header as bytes.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut out = [0; HEADER_BYTES];

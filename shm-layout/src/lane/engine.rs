@@ -49,6 +49,9 @@ pub struct EngineLane<M> {
     geometry: Geometry,
     submission_head: u32,
     completion_tail: u32,
+    /// The client's head as last read. The true one is at or past it, so room seen from here is there; it is read again
+    /// only when none is seen, because each read fetches a line that the client has just written.
+    completion_head: u32,
     /// For each cell the job that was taken and not yet answered; 0 = none.
     taken: Vec<u64>,
 }
@@ -63,10 +66,16 @@ impl<M: LaneMemory> EngineLane<M> {
         let submission_head = memory.load_u32(SUBMISSION_HEAD, Ordering::Acquire);
         let completion_tail = memory.load_u32(COMPLETION_TAIL, Ordering::Acquire);
         let jobs = geometry.jobs;
-        let mut lane =
-            EngineLane { memory, geometry, submission_head, completion_tail, taken: vec![0; jobs] };
+        let mut lane = EngineLane {
+            memory,
+            geometry,
+            submission_head,
+            completion_tail,
+            completion_head: completion_tail,
+            taken: vec![0; jobs],
+        };
         lane.ready()?;
-        lane.check_completion_head()?;
+        lane.read_completion_head()?;
         lane.settle_last_completion();
         let mut recovered = Vec::new();
         for cell in 0..jobs as u32 {
@@ -137,12 +146,11 @@ impl<M: LaneMemory> EngineLane<M> {
         Ok(ready)
     }
 
-    /// Completions that the client has not reaped.
-    fn check_completion_head(&self) -> Result<u32, LaneFault> {
+    /// Reads the client's head anew.
+    fn read_completion_head(&mut self) -> Result<(), LaneFault> {
         // Acquire: pairs with the client's Release of the head; it has read the entries before it.
         let head = self.memory.load_u32(COMPLETION_HEAD, Ordering::Acquire);
-        let unreaped = self.completion_tail.wrapping_sub(head);
-        if unreaped as usize > self.geometry.jobs {
+        if self.completion_tail.wrapping_sub(head) as usize > self.geometry.jobs {
             return Err(LaneFault::IndexOutOfRange {
                 ring: "completion",
                 head,
@@ -150,7 +158,13 @@ impl<M: LaneMemory> EngineLane<M> {
                 capacity: self.geometry.jobs as u32,
             });
         }
-        Ok(unreaped)
+        self.completion_head = head;
+        Ok(())
+    }
+
+    /// Whether the completion ring has no room, as far as was last seen.
+    fn seems_full(&self) -> bool {
+        self.completion_tail.wrapping_sub(self.completion_head) as usize >= self.geometry.jobs
     }
 
     fn check_cell(&self, cell: u32, sequence: u64) -> Result<(CheckedJob, u32), LaneFault> {
@@ -266,7 +280,10 @@ impl<M: LaneMemory> EngineLane<M> {
         queue_us: u32,
         execution_us: u32,
     ) -> Result<(), LaneFault> {
-        if self.check_completion_head()? as usize >= self.geometry.jobs {
+        if self.seems_full() {
+            self.read_completion_head()?;
+        }
+        if self.seems_full() {
             // An honest client has a cell for each completion that it has not reaped, so the ring cannot be full.
             return Err(LaneFault::CellInFlight(job.cell));
         }

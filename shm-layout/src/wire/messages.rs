@@ -223,7 +223,8 @@ pub enum BackingKind {
 
 impl BackingKind {
     /// Each kind, in the order of its number.
-    pub const ALL: [BackingKind; 3] = [BackingKind::SealedMemfd, BackingKind::ImageFile, BackingKind::PosixShm];
+    pub const ALL: [BackingKind; 3] =
+        [BackingKind::SealedMemfd, BackingKind::ImageFile, BackingKind::PosixShm];
 
     /// The name in settings and in JSON.
     #[must_use]

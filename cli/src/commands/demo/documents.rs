@@ -60,7 +60,7 @@ pub(crate) fn index(
     });
     super::stage::interrupted(interrupt)?;
     for failure in &summary.failures {
-        eprintln!("modelbroker: {}: {}", failure.path.display(), failure.message);
+        eprintln!("modelbroker: {}", failure.message);
     }
     Ok(summary)
 }
