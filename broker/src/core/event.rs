@@ -89,8 +89,8 @@ pub(crate) enum Event {
     EngineNotStarted { incarnation: u64, message: String },
     /// The engine says something.
     Engine { incarnation: u64, message: FromEngine },
-    /// The engine's link is closed, or of no use any more for the reason given.
-    EngineLinkLost { incarnation: u64, reason: Option<String> },
+    /// The engine lives but cannot be spoken to any more, for the reason given.
+    EngineLinkLost { incarnation: u64, reason: String },
     /// The engine's process ended and was reaped: it writes into no lane any more.
     EngineExited { incarnation: u64, exit: ChildExit },
     /// SIGTERM or SIGINT arrived.

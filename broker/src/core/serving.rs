@@ -20,7 +20,7 @@ impl Core {
             }
             Phase::Starting { deadline_ns } if deadline_ns <= now_ns => {
                 let incarnation = self.engine.incarnation;
-                self.engine_lost(now_ns, incarnation, Some("it did not report itself in time".to_owned()));
+                self.engine_lost(now_ns, incarnation, "it did not report itself in time".to_owned());
             }
             _ => {}
         }
@@ -154,10 +154,10 @@ impl Core {
     }
 
     /// The engine's link is gone or unusable, or it is too late: whatever it is, it must not write into lanes any more.
-    pub(super) fn engine_lost(&mut self, now_ns: u64, incarnation: u64, reason: Option<String>) {
+    pub(super) fn engine_lost(&mut self, now_ns: u64, incarnation: u64, reason: String) {
         let lives = !matches!(self.engine.phase, Phase::Down { .. } | Phase::Dying);
         if incarnation == self.engine.incarnation && lives {
-            self.engine.dying(reason, now_ns, &self.config.limits);
+            self.engine.dying(Some(reason), now_ns, &self.config.limits);
             self.actions.push(Action::KillEngine { incarnation });
         }
     }

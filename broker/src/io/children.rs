@@ -22,6 +22,9 @@ const LAST_READS: usize = 64;
 /// When a frame for the engine is tried again that found no free descriptor, in ns.
 pub(crate) const RETRY_DESCRIPTORS_NS: u64 = 50_000_000;
 
+/// How long a child that closed its link may take to end, in ns.
+const EXIT_GRACE_NS: u64 = 100_000_000;
+
 /// Why a child could not be started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
@@ -41,6 +44,9 @@ pub(crate) struct Child {
     link: Option<FramedStream>,
     link_interest: Interest,
     link_token: u64,
+    /// When it is killed if it has not ended by itself: set once it closed its link, as it does on its way out. Killed at
+    /// once it could not say any more by its exit how it went.
+    pub(crate) kill_at_ns: Option<u64>,
 }
 
 /// What reading a link gave.
@@ -70,7 +76,13 @@ impl Child {
         limits.new_session = true;
         limits.no_core_dump = true;
         let process = spawn_limited(command, limits)?;
-        let mut child = Child { process, link: Some(link), link_interest: Interest::READABLE, link_token };
+        let mut child = Child {
+            process,
+            link: Some(link),
+            link_interest: Interest::READABLE,
+            link_token,
+            kill_at_ns: None,
+        };
         let watched = poller.add(child.process.pidfd(), pid_token, Interest::READABLE).and_then(|()| {
             child.link.as_ref().map_or(Ok(()), |link| poller.add(link, link_token, Interest::READABLE))
         });
@@ -191,6 +203,7 @@ impl EventLoop {
         let (link_token, pid_token) =
             (Token::EngineLink(incarnation).pack(), Token::EnginePid(incarnation).pack());
         self.engine.forget();
+        self.engine.broken = false;
         match Child::start(&self.poller, &argv, ChildLimits::default(), link_token, pid_token) {
             Ok(child) => {
                 let pid = child.pid();
@@ -222,14 +235,16 @@ impl EventLoop {
             events.push_back(Event::Engine { incarnation, message });
             true
         });
-        let reason = match state {
+        match state {
             LinkState::Open => return,
-            LinkState::Closed => None,
-            LinkState::Nonsense(why) => Some(format!("it speaks nonsense: {why}")),
-        };
+            LinkState::Closed => child.kill_at_ns = Some(self.now_ns.saturating_add(EXIT_GRACE_NS)),
+            LinkState::Nonsense(why) => {
+                let reason = format!("it speaks nonsense: {why}");
+                self.events.push_back(Event::EngineLinkLost { incarnation, reason });
+            }
+        }
         child.close_link(&self.poller);
         self.engine.forget();
-        self.events.push_back(Event::EngineLinkLost { incarnation, reason });
     }
 
     pub(crate) fn engine_ended(&mut self, incarnation: u64) {
@@ -255,7 +270,7 @@ impl EventLoop {
     /// Writes as much to the engine as it takes.
     pub(crate) fn pump_engine(&mut self, now_ns: u64) {
         let incarnation = self.engine.incarnation;
-        loop {
+        while !self.engine.broken {
             let Some(child) = self.engine.child.as_mut() else { return };
             let Some(link) = child.link.as_mut() else { return };
             let blocked = match link.flush() {
@@ -263,10 +278,14 @@ impl EventLoop {
                 Ok(Flush::Blocked) => true,
                 Err(error) => {
                     // What it said before is still read, at the latest when its process has ended.
+                    if matches!(error, FramedError::Closed) {
+                        child.kill_at_ns = Some(now_ns.saturating_add(EXIT_GRACE_NS));
+                    } else {
+                        let reason = format!("its link fails: {error}");
+                        self.events.push_back(Event::EngineLinkLost { incarnation, reason });
+                    }
                     self.engine.forget();
-                    let reason =
-                        (!matches!(error, FramedError::Closed)).then(|| format!("its link fails: {error}"));
-                    self.events.push_back(Event::EngineLinkLost { incarnation, reason });
+                    self.engine.broken = true;
                     return;
                 }
             };
@@ -305,11 +324,38 @@ impl EventLoop {
             let queued =
                 self.engine.child.as_mut().and_then(|c| c.link.as_mut()).map(|l| l.queue(0, &message, fds));
             if let Some(Err(error)) = queued {
-                let reason = Some(format!("a message to it cannot be encoded: {error}"));
+                let reason = format!("a message to it cannot be encoded: {error}");
                 self.events.push_back(Event::EngineLinkLost { incarnation, reason });
                 return;
             }
         }
+    }
+
+    /// Ends children that closed their link and live on.
+    pub(crate) fn child_timers(&mut self) {
+        let now_ns = self.now_ns;
+        let due = |child: &mut Child| {
+            let is_due = child.kill_at_ns.is_some_and(|at| at <= now_ns);
+            if is_due {
+                child.kill_at_ns = None;
+            }
+            is_due
+        };
+        for child in self.loaders.values_mut() {
+            if due(child) {
+                child.kill();
+            }
+        }
+        if self.engine.child.as_mut().is_some_and(due) {
+            let (incarnation, reason) =
+                (self.engine.incarnation, "it closed its link and did not leave".to_owned());
+            self.events.push_back(Event::EngineLinkLost { incarnation, reason });
+        }
+    }
+
+    /// When [`EventLoop::child_timers`] has something to do.
+    pub(crate) fn next_child_timer_ns(&self) -> Option<u64> {
+        self.loaders.values().chain(&self.engine.child).filter_map(|child| child.kill_at_ns).min()
     }
 
     pub(crate) fn start_loader(&mut self, load_id: u64, model: &str) {
@@ -373,10 +419,10 @@ impl EventLoop {
         });
         match state {
             LinkState::Open => {}
-            // Its end says how it went; one that closed its link but lives on is ended.
+            // Its end says how it went.
             LinkState::Closed => {
                 child.close_link(&self.poller);
-                child.kill();
+                child.kill_at_ns = Some(self.now_ns.saturating_add(EXIT_GRACE_NS));
             }
             LinkState::Nonsense(why) => {
                 child.close_link(&self.poller);

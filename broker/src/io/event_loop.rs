@@ -188,11 +188,16 @@ impl EventLoop {
                 return Ok(());
             }
             let timeout = if self.more_frames.is_empty() {
-                [self.core.next_timer_ns(), connection_timer_ns, self.engine.retry_at_ns]
-                    .into_iter()
-                    .flatten()
-                    .min()
-                    .map(|due| Duration::from_nanos(due.saturating_sub(self.now_ns)))
+                [
+                    self.core.next_timer_ns(),
+                    connection_timer_ns,
+                    self.next_child_timer_ns(),
+                    self.engine.retry_at_ns,
+                ]
+                .into_iter()
+                .flatten()
+                .min()
+                .map(|due| Duration::from_nanos(due.saturating_sub(self.now_ns)))
             } else {
                 Some(Duration::ZERO)
             };
@@ -216,6 +221,7 @@ impl EventLoop {
     fn settle(&mut self) -> Option<u64> {
         loop {
             let next = self.connection_timers();
+            self.child_timers();
             self.run_events();
             self.flush_clients();
             self.pump_engine(self.now_ns);

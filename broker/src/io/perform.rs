@@ -122,8 +122,14 @@ impl EventLoop {
     }
 }
 
-/// Descriptors that this process has open, less the one used for counting.
+/// Descriptors that this process has open.
 fn open_descriptors() -> u32 {
-    let entries = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-    u32::try_from(entries.saturating_sub(1)).unwrap_or(u32::MAX)
+    // Since Linux 6.2 the folder's size is their number; before, it is 0 and they are counted, less the one used for it.
+    let told = std::fs::metadata("/proc/self/fd").map_or(0, |meta| meta.len());
+    let count = if told > 0 {
+        usize::try_from(told).unwrap_or(usize::MAX)
+    } else {
+        std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count).saturating_sub(1)
+    };
+    u32::try_from(count).unwrap_or(u32::MAX)
 }

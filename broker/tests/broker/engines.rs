@@ -97,6 +97,17 @@ fn an_engine_that_cannot_start_is_told_to_those_who_wait() {
 }
 
 #[test]
+fn an_engine_that_closes_its_link_and_stays_is_replaced() {
+    let broker = Broker::start(&[]);
+    let mut client = broker.client();
+    let lease = client.lease();
+    let before = until(&mut client, "an engine", |r| r.engines[0].threads > 0).engines[0].clone();
+    client.submit(lease, "lingers");
+    until(&mut client, "a new engine", |r| r.engines[0].incarnation > before.incarnation);
+    ended(before.pid);
+}
+
+#[test]
 fn a_missing_engine_program_is_named() {
     let broker = Broker::start(&["engine_program=/nonexistent/engine"]);
     let mut client = broker.client();

@@ -1,19 +1,24 @@
 //! Loads: one for all who ask, failures told by name, none held against the model.
 
-use crate::process::{Broker, ended, until};
+use crate::process::{Broker, ended};
 use shm_layout::code::Code;
 use shm_layout::wire::{BrokerMessage, ClientMessage, ModelState};
 use std::os::fd::AsFd;
+use std::sync::Barrier;
 
 #[test]
 fn one_load_for_all_who_ask_at_once() {
+    const CLIENTS: usize = 20;
     let broker = Broker::start(&[]);
+    let all_asked = Barrier::new(CLIENTS + 1);
     std::thread::scope(|scope| {
-        let asked: Vec<_> = (0..20)
+        let asked: Vec<_> = (0..CLIENTS)
             .map(|_| {
                 scope.spawn(|| {
                     let mut client = broker.client();
                     let request = client.asks_for("waits:org/m", true, true, 60_000);
+                    client.pings();
+                    all_asked.wait();
                     let (leased, fds) = client.granted(request);
                     let lane = shm_os::lane_mapping::LaneMapping::map(fds[0].as_fd());
                     assert!(lane.is_ok(), "{lane:?}");
@@ -22,8 +27,7 @@ fn one_load_for_all_who_ask_at_once() {
                 })
             })
             .collect();
-        let mut watcher = broker.client();
-        until(&mut watcher, "all wait", |r| r.sessions.len() == 21 && r.models.len() == 1);
+        all_asked.wait();
         broker.go();
         for client in asked {
             assert_eq!(client.join().unwrap(), ("org/m".to_owned(), 1, 3));
@@ -48,8 +52,7 @@ fn who_waits_too_long_is_told_and_the_load_goes_on() {
 
 #[test]
 fn each_failure_of_a_loader_has_its_name() {
-    let limits = ["loader_address_space_bytes=1000000000", "loader_cpu_seconds=1"];
-    let broker = Broker::start(&limits);
+    let broker = Broker::start(&["loader_address_space_bytes=1000000000"]);
     let mut client = broker.client();
     for (model, code, says) in [
         ("crash", Code::ModelLoadError, "SIGABRT"),
@@ -61,7 +64,6 @@ fn each_failure_of_a_loader_has_its_name() {
         ("corrupt", Code::ModelLoadError, "magic"),
         ("bare", Code::ModelLoadError, "descriptor"),
         ("eats-memory", Code::ModelLoadError, "SIGABRT"),
-        ("spins", Code::ModelLoadError, "processor time"),
     ] {
         let request = client.asks_for(model, true, false, 60_000);
         let refusal = client.refusal(request);
@@ -72,12 +74,22 @@ fn each_failure_of_a_loader_has_its_name() {
     let report = client.status();
     assert_eq!(
         report.models.iter().filter(|m| m.state == ModelState::Failed && m.error.is_some()).count(),
-        10
+        9
     );
     for load in broker.loads() {
         let pid = load.split_once(' ').unwrap().1.parse().unwrap();
         ended(pid);
     }
+}
+
+#[test]
+fn a_load_that_spins_is_killed() {
+    let broker = Broker::start(&["loader_cpu_seconds=1"]);
+    let mut client = broker.client();
+    let request = client.asks_for("spins", true, false, 60_000);
+    let refusal = client.refusal(request);
+    assert_eq!(refusal.code, Code::ModelLoadError);
+    assert!(refusal.message.contains("processor time"), "{}", refusal.message);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 /// Longer than anything takes; reached only by a failing test.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
+const POLL_PAUSE: Duration = Duration::from_millis(1);
 pub(crate) const CHILD: &str = env!("CARGO_BIN_EXE_broker-test-child");
 pub(crate) const SIGKILL: i32 = 9;
 pub(crate) const SIGTERM: i32 = 15;
@@ -142,5 +143,7 @@ pub(crate) fn until(client: &mut Client, what: &str, wanted: impl Fn(&StatusRepo
             return report;
         }
         assert!(started.elapsed() < LONG, "never: {what}; last report {report:?}");
+        // Only to leave the processors to those that are waited for.
+        std::thread::sleep(POLL_PAUSE);
     }
 }

@@ -13,13 +13,13 @@ mod fake_engine;
 mod fake_loader;
 
 use broker::{BrokerConfig, BrokerError, Limits};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use shm_layout::wire::{Acquire, BrokerMessage, ClientMessage, Hello, PROTOCOL_MAJOR};
 use shm_os::framed::FramedStream;
-use shm_os::socket::{AllowedPeer, connect, recv_with_fds, socketpair};
+use shm_os::process::take_inherited;
+use shm_os::socket::{AllowedPeer, connect};
 use std::ffi::OsString;
-use std::io::{IoSlice, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::io::Write;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -42,17 +42,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// The link that the broker gives its children, as number 3. A number becomes an owned descriptor here without unsafe code
-/// by being sent through a socket pair.
+/// The link that the broker gives its children, as number 3.
 fn link() -> FramedStream {
-    let (ours, theirs) = socketpair().expect("a socket pair");
-    let numbers = [3];
-    let rights = [ControlMessage::ScmRights(&numbers)];
-    sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(b"x")], &rights, MsgFlags::empty(), None)
-        .expect("the broker passes the link");
-    let mut received = Vec::new();
-    recv_with_fds(theirs.as_fd(), &mut [0; 8], &mut received, 1).expect("it was just sent");
-    FramedStream::new(received.remove(0)).expect("the link is a socket")
+    FramedStream::new(take_inherited(3).expect("the broker passes the link")).expect("the link is a socket")
 }
 
 fn hold_a_lease(folder: &Path) -> ExitCode {

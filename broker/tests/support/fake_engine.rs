@@ -157,6 +157,13 @@ impl Engine {
                 });
                 self.answer(relay_id, Code::Ok, Vec::new());
             }
+            "lingers" => {
+                let copy = self.link.as_fd().try_clone_to_owned().expect("a copy of the link");
+                std::os::unix::net::UnixStream::from(copy)
+                    .shutdown(std::net::Shutdown::Both)
+                    .expect("it was open");
+                std::thread::sleep(LONG);
+            }
             "garbage" => {
                 let copy = self.link.as_fd().try_clone_to_owned().expect("a copy of the link");
                 std::os::unix::net::UnixStream::from(copy).write_all(&[0xa5; 100]).expect("room for garbage");
