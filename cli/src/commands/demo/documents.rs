@@ -65,20 +65,26 @@ pub(crate) fn index(
     Ok(summary)
 }
 
+/// How many passages a program that answers from a store is usually handed: one of them must hold the answer.
+const PASSAGES: u32 = 3;
+
 /// A question and what was found.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) question: Question,
-    /// The best result.
+    /// The result that holds the answer, else the best one.
     pub(crate) best: Option<Hit>,
-    /// Place of the expected answer among the results, from 1.
-    pub(crate) rank: Option<u32>,
+    /// The result that has the answer, where it is among the first.
+    pub(crate) answer: Option<Hit>,
 }
 
 impl Answer {
-    /// Whether the best result is the expected one.
+    /// Whether the best result is of the expected document, and the answer is among the first results.
     pub(crate) fn is_right(&self) -> bool {
-        self.rank == Some(1)
+        match (&self.best, &self.answer) {
+            (Some(best), Some(answer)) => best.document == answer.document,
+            _ => false,
+        }
     }
 }
 
@@ -91,9 +97,8 @@ pub(crate) fn ask(folder: &Folder, model: &Model, questions: &[Question]) -> Res
         .map(|question| {
             let options = SearchOptions { results: RESULTS };
             let hits = search_store(&mut store, &model, &question.question, &options)?;
-            let expected = hits.iter().find(|hit| has_answer(hit, question));
-            let rank = expected.map(|hit| hit.rank);
-            Ok(Answer { question: question.clone(), best: hits.into_iter().next(), rank })
+            let answer = hits.iter().find(|hit| has_answer(hit, question)).cloned();
+            Ok(Answer { question: question.clone(), best: hits.into_iter().next(), answer })
         })
         .collect()
 }

@@ -4,6 +4,7 @@ use super::documents::Answer;
 use super::memory::{ProcessMemory, WorkerFigures, copies};
 use crate::failure::{Exit, Failure};
 use crate::terminal::{bold, bytes, micros};
+use doc_pipeline::Hit;
 use doc_pipeline::wire::Summary;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -163,20 +164,24 @@ fn print_answer(answer: &Answer) {
         println!("       nothing found");
         return;
     };
-    let mut place = vec![file_name(&best.document).to_owned()];
-    place.extend(best.heading_path.iter().cloned());
-    println!("       {}  (score {:.4})", place.join(" › "), best.score);
-    // Of a table the row with the answer, else the first lines.
-    let lines = best.snippet.lines().filter(|line| !line.trim().is_empty());
-    let matching: Vec<&str> = lines.clone().filter(|line| line.contains(&answer.question.phrase)).collect();
-    let shown: Vec<&str> = if matching.is_empty() { lines.collect() } else { matching };
-    for line in shown.into_iter().take(SNIPPET_LINES) {
-        println!("       {}", cut(line.trim(), SNIPPET_CHARS));
+    println!("       {}  (score {:.4})", place(best), best.score);
+    match &answer.answer {
+        Some(hit) => {
+            if hit.rank > best.rank {
+                println!("       place {}: {}", hit.rank, place(hit));
+            }
+            // Of a table the row with the answer.
+            let lines = hit.snippet.lines().filter(|line| line.contains(&answer.question.phrase));
+            lines.take(SNIPPET_LINES).for_each(|line| println!("       {}", cut(line.trim(), SNIPPET_CHARS)));
+        }
+        None => println!("       expected, and not found: {}", answer.question.document),
     }
-    if !answer.is_right() {
-        let rank = answer.rank.map_or("not among the first".to_owned(), |rank| format!("at place {rank}"));
-        println!("       expected: {}, {rank}", answer.question.document);
-    }
+}
+
+fn place(hit: &Hit) -> String {
+    let mut place = vec![file_name(&hit.document).to_owned()];
+    place.extend(hit.heading_path.iter().cloned());
+    place.join(" › ")
 }
 
 fn answer_json(answer: &Answer) -> Value {
@@ -184,7 +189,7 @@ fn answer_json(answer: &Answer) -> Value {
         "question": answer.question.question,
         "expected": answer.question.document,
         "found": answer.best.as_ref().map(|hit| file_name(&hit.document)),
-        "rank": answer.rank,
+        "rank": answer.answer.as_ref().map(|hit| hit.rank),
         "ok": answer.is_right(),
         "score": answer.best.as_ref().map(|hit| hit.score),
         "heading_path": answer.best.as_ref().map(|hit| &hit.heading_path),

@@ -4,6 +4,7 @@ use crate::commands::worker::interrupt::Interrupt;
 use crate::failure::{Exit, Failure};
 use shm_os::process::{ChildLimits, SpawnedChild, spawn_limited};
 use shm_os::{Interest, Poller};
+use std::fs::OpenOptions;
 use std::io::{PipeReader, Read};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -75,7 +76,9 @@ impl DemoBroker {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("--socket").arg(&socket).args(["serve", "--inspectable", "--model", model]);
         command.args(["--ready-fd", &READY_FD.to_string()]).arg("--log-file").arg(folder.log());
-        command.stdin(Stdio::null()).stdout(Stdio::null());
+        // Its children log to stderr.
+        let log = OpenOptions::new().create(true).append(true).open(folder.log())?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let limits = ChildLimits {
             parent_death_signal: true,
             new_session: true,
