@@ -2,12 +2,13 @@
 //! files, as the target does: they are private to the engine.
 //! `BLESS=1 cargo test -p engine --test corpus` writes the seeds anew; inputs that fuzzing found lie beside them.
 
-#[allow(dead_code)]
+#[allow(dead_code, unreachable_pub)]
 #[path = "../src/config.rs"]
 mod config;
-#[allow(dead_code)]
+#[allow(dead_code, unreachable_pub)]
 #[path = "../src/json.rs"]
 mod json;
+#[allow(unreachable_pub)]
 #[path = "../../fuzz/src/model_files/mod.rs"]
 mod model_files;
 

@@ -22,7 +22,9 @@ pub enum LoadError {
         source: CompileError,
     },
     /// A freshly compiled image does not pass its own check: the memory or the disk is bad.
-    #[error("model {model_id}: the image that was just written is damaged ({source}); check the disk and the memory")]
+    #[error(
+        "model {model_id}: the image that was just written is damaged ({source}); check the disk and the memory"
+    )]
     Damaged {
         /// The model.
         model_id: String,

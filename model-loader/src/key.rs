@@ -38,7 +38,8 @@ pub(crate) fn image_key(model_id: &str, folder: &Path) -> Result<ImageKey, Backi
 
 /// The part of a key that all images of a model share.
 pub(crate) fn readable(model_id: &str) -> String {
-    let tail: String = model_id.chars().rev().take(READABLE_CHARS).collect::<Vec<_>>().into_iter().rev().collect();
+    let tail: String =
+        model_id.chars().rev().take(READABLE_CHARS).collect::<Vec<_>>().into_iter().rev().collect();
     let name: String = tail.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     // Two ids that read alike still differ here, so that one never clears away the other's images.
     let id_hash = blake3::hash(model_id.as_bytes()).to_hex();

@@ -7,7 +7,8 @@ use model_source::{ModelRef, Progress, ResolvedModel, SourceOptions, resolve};
 use shm_layout::wire::LoadProgress;
 use shm_os::OsError;
 use shm_os::image_backing::{
-    BackingError, BackingKind, ImageBacking, ImageFile, ImageKey, ImageWriter, PosixShm, PublishedImage, SealedMemfd,
+    BackingError, BackingKind, ImageBacking, ImageFile, ImageKey, ImageWriter, PosixShm, PublishedImage,
+    SealedMemfd,
 };
 use std::fs::{self, File};
 use std::io;
@@ -50,7 +51,11 @@ pub fn load_image(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedImage, LoadError> {
     let reference = ModelRef::parse(&request.reference)?;
-    let model = resolve(&reference, &request.source, &mut Downloads { progress, stage: String::new(), done: 0, total: 0 })?;
+    let model = resolve(
+        &reference,
+        &request.source,
+        &mut Downloads { progress, stage: String::new(), done: 0, total: 0 },
+    )?;
     let key = image_key(&model.id, &model.folder)?;
     let memory: Option<Box<dyn ImageBacking>> = match request.backing {
         BackingKind::SealedMemfd => Some(Box::new(SealedMemfd)),
@@ -224,7 +229,9 @@ fn check(image: &PublishedImage, progress: &mut dyn FnMut(LoadProgress)) -> Resu
 /// Removes images of earlier states of the same model. A failure costs disk space only.
 fn clear_older(images: &ImageFile, model_id: &str, keep: &ImageKey) {
     let path = images.path_of(keep);
-    let (Some(folder), Some(kept)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else { return };
+    let (Some(folder), Some(kept)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else {
+        return;
+    };
     let prefix = readable(model_id);
     let Ok(entries) = fs::read_dir(folder) else { return };
     for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {

@@ -24,7 +24,9 @@ pub fn run(link: OwnedFd, request: &LoadRequest) -> Result<bool, FramedError> {
     let mut lost = None;
     let outcome = load_image(request, &mut |progress| {
         let due = last.as_ref().is_none_or(|(at, before)| {
-            before.stage != progress.stage || progress.done_bytes >= progress.total_bytes || at.elapsed() >= PROGRESS_EVERY
+            before.stage != progress.stage
+                || progress.done_bytes >= progress.total_bytes
+                || at.elapsed() >= PROGRESS_EVERY
         });
         if due && lost.is_none() {
             last = Some((Instant::now(), progress.clone()));
@@ -36,7 +38,12 @@ pub fn run(link: OwnedFd, request: &LoadRequest) -> Result<bool, FramedError> {
     }
     let (message, fds, loaded) = match outcome {
         Ok(loaded) => {
-            tracing::info!(model = loaded.model_id, bytes = loaded.image.len_bytes, cached = loaded.from_cache, "loaded");
+            tracing::info!(
+                model = loaded.model_id,
+                bytes = loaded.image.len_bytes,
+                cached = loaded.from_cache,
+                "loaded"
+            );
             let message = FromLoader::Loaded {
                 model_id: loaded.model_id,
                 image_bytes: loaded.image.len_bytes,

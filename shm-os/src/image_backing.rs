@@ -65,7 +65,9 @@ impl Guarantees {
             BackingKind::SealedMemfd => {
                 Guarantees { immutable_for_everyone: true, size_is_fixed: true, nameless: true, ..none }
             }
-            BackingKind::ImageFile => Guarantees { survives_restart: true, evictable: true, portable: true, ..none },
+            BackingKind::ImageFile => {
+                Guarantees { survives_restart: true, evictable: true, portable: true, ..none }
+            }
             BackingKind::PosixShm => Guarantees { nameless: true, portable: true, ..none },
         }
     }

@@ -70,7 +70,9 @@ fn descriptors(pid: u32) -> Option<BTreeMap<String, usize>> {
     let targets = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
     Some(count(targets.map(|target| {
         let name = target.to_string_lossy().into_owned();
-        name.split_once(":[").filter(|_| !name.starts_with("anon_inode")).map_or(name.clone(), |(kind, _)| kind.into())
+        name.split_once(":[")
+            .filter(|_| !name.starts_with("anon_inode"))
+            .map_or(name.clone(), |(kind, _)| kind.into())
     })))
 }
 

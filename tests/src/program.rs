@@ -20,7 +20,8 @@ pub fn modelbroker() -> &'static Path {
     PROGRAM.get_or_init(|| {
         // target/PROFILE/deps/TEST-HASH
         let test = std::env::current_exe().expect("the test has a path");
-        let profile_folder = test.parent().and_then(Path::parent).expect("a test lies in target/PROFILE/deps");
+        let profile_folder =
+            test.parent().and_then(Path::parent).expect("a test lies in target/PROFILE/deps");
         let program = profile_folder.join("modelbroker");
         if !is_fresh(&program) {
             build(profile_folder);
@@ -45,8 +46,16 @@ fn build(profile_folder: &Path) {
 fn is_fresh(program: &Path) -> bool {
     let Ok(built) = program.metadata().and_then(|m| m.modified()) else { return false };
     let crates = [
-        "shm-layout", "shm-os", "engine", "engine-host", "model-source", "model-loader", "worker-sdk", "broker",
-        "doc-pipeline", "cli",
+        "shm-layout",
+        "shm-os",
+        "engine",
+        "engine-host",
+        "model-source",
+        "model-loader",
+        "worker-sdk",
+        "broker",
+        "doc-pipeline",
+        "cli",
     ];
     crates.iter().all(|name| newest(&workspace().join(name).join("src")) <= built)
 }

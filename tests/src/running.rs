@@ -139,12 +139,10 @@ impl Broker {
     /// The engine's process; waits while it is being replaced.
     #[must_use]
     pub fn engine_pid(&self) -> Pid {
-        eventually("an engine is up", || {
-            self.status().engines.first().map(|e| e.pid).filter(|pid| *pid != 0)
-        })
-        .try_into()
-        .map(Pid::from_raw)
-        .expect("a process id")
+        eventually("an engine is up", || self.status().engines.first().map(|e| e.pid).filter(|pid| *pid != 0))
+            .try_into()
+            .map(Pid::from_raw)
+            .expect("a process id")
     }
 
     /// Runs `modelbroker` against it with `input` on stdin.

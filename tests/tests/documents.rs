@@ -65,7 +65,11 @@ fn a_changed_document_is_replaced_and_a_bad_one_named() {
     let second = broker.run(&["index", docs, "--store", store, "--json"], b"");
     assert_eq!(second.status.code(), Some(7), "{}", String::from_utf8_lossy(&second.stderr));
     let summary = json(&second);
-    assert_eq!((&summary["replaced"], &summary["unchanged"]), (&Value::from(1), &Value::from(1)), "{summary}");
+    assert_eq!(
+        (&summary["replaced"], &summary["unchanged"]),
+        (&Value::from(1), &Value::from(1)),
+        "{summary}"
+    );
     let failures = summary["failures"].to_string();
     assert!(failures.contains("d.txt"), "the bad one is named: {failures}");
 

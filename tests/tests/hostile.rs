@@ -52,11 +52,11 @@ impl Hostile {
         let connection = connect(&broker.socket(), PATIENCE, AllowedPeer::SameUser).unwrap();
         let mut stream = FramedStream::new(connection.into()).unwrap();
         stream.send(1, &hello(), vec![], PATIENCE).unwrap();
-        let acquire =
-            Acquire { model: String::new(), want_lane: true, want_image: false, wait_ms: 60_000 };
+        let acquire = Acquire { model: String::new(), want_lane: true, want_image: false, wait_ms: 60_000 };
         stream.send(2, &ClientMessage::Acquire(acquire), vec![], PATIENCE).unwrap();
         loop {
-            let (_, message) = stream.receive::<BrokerMessage>(PATIENCE).unwrap().expect("the broker answers");
+            let (_, message) =
+                stream.receive::<BrokerMessage>(PATIENCE).unwrap().expect("the broker answers");
             if let BrokerMessage::Leased(_) = message {
                 let mut fds = stream.take_descriptors(2).unwrap();
                 let doorbell = Doorbell::from_received(fds.pop().unwrap()).unwrap();
@@ -121,7 +121,8 @@ fn garbage_in_a_lane_costs_its_writer_the_lane() {
         for round in 0..60 {
             let hostile = Hostile::enter(&broker);
             for _ in 0..400 {
-                let at = garbage.next() as usize % if round % 2 == 0 { tables_bytes } else { region_bytes - 8 };
+                let at =
+                    garbage.next() as usize % if round % 2 == 0 { tables_bytes } else { region_bytes - 8 };
                 hostile.lane.write(at, &garbage.next().to_le_bytes());
                 if garbage.next().is_multiple_of(8) {
                     // A tail that promises a few entries makes the engine read the garbage.
@@ -138,7 +139,8 @@ fn garbage_in_a_lane_costs_its_writer_the_lane() {
     eventually("the hostile client is thrown out", || hostile.is_out().then_some(()));
     eventually("nothing of it stays", || {
         let status = broker.status();
-        (status.sessions.len() == 1 && status.models[0].leases == 0 && status.engines[0].lanes == 0).then_some(())
+        (status.sessions.len() == 1 && status.models[0].leases == 0 && status.engines[0].lanes == 0)
+            .then_some(())
     });
     assert!(broker.status().faults > 0, "faults are counted");
     broker.stop();

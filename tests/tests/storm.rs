@@ -128,7 +128,8 @@ fn engines_are_killed(route: &str) {
     let broker = start_broker();
     let watcher = broker.client();
     watcher.model("").expect("the model can be had");
-    let before = eventually("the broker is at rest", || Census::take(&broker, &watcher).filter(|c| c.leases == 0));
+    let before =
+        eventually("the broker is at rest", || Census::take(&broker, &watcher).filter(|c| c.leases == 0));
     let extra = ["--verify", "--clients", "2", "--threads", "3", "--bulk", "0.34", "--bulk-batch", "8"];
     let mut load = Load::start(&broker.socket(), broker.folder(), route, storm_seconds(), &extra);
     load.await_work(2);
@@ -168,7 +169,8 @@ fn clients_are_killed(route: &str) {
     let broker = start_broker();
     let watcher = broker.client();
     watcher.model("").expect("the model can be had");
-    let before = eventually("the broker is at rest", || Census::take(&broker, &watcher).filter(|c| c.leases == 0));
+    let before =
+        eventually("the broker is at rest", || Census::take(&broker, &watcher).filter(|c| c.leases == 0));
     let extra = ["--verify", "--clients", "1", "--threads", "2"];
     let mut load = Load::start(&broker.socket(), broker.folder(), route, storm_seconds(), &extra);
     load.await_work(1);
@@ -176,8 +178,8 @@ fn clients_are_killed(route: &str) {
     while_running(&mut load, || {
         // Others come and are killed, at whatever they are doing: connecting, leasing, sending, waiting.
         let extra = ["--clients", "3", "--threads", "2", "--batch", "4"];
-        let victim = victims
-            .get_or_insert_with(|| Load::start(&broker.socket(), broker.folder(), route, 600, &extra));
+        let victim =
+            victims.get_or_insert_with(|| Load::start(&broker.socket(), broker.folder(), route, 600, &extra));
         for pid in children_of(victim.child.id()).into_iter().take(1 + killed % 3) {
             kill_pid(pid);
             killed += 1;
@@ -252,7 +254,11 @@ fn brokers_are_killed(route: &str) {
     assert_flawless(&outcome);
     assert!(killed.len() >= 2 && outcome.0["reconnects"].as_u64() >= Some(2), "{killed:?} {:#}", outcome.0);
     // One broker is left, started by a client; told to leave it leaves nothing.
-    let last = Client::builder().socket(&socket).start_broker(StartBroker::Never).connect().expect("a broker is there");
+    let last = Client::builder()
+        .socket(&socket)
+        .start_broker(StartBroker::Never)
+        .connect()
+        .expect("a broker is there");
     last.shutdown(Duration::from_secs(5)).expect("it leaves");
     eventually("socket and lock are gone", || {
         let left = std::fs::read_dir(folder.path()).expect("the folder is there").flatten();

@@ -54,6 +54,8 @@ fn spans(bytes: &[u8], texts: &[Vec<u8>]) {
 
 /// Inputs to start from.
 #[must_use]
+// A list of one span is what is meant.
+#[allow(clippy::single_range_in_vec_init)]
 pub fn seeds() -> Vec<(String, Vec<u8>)> {
     let mut seeds = Vec::new();
     let mut add = |name: &str, head: &[u8], body: &[u8]| seeds.push((name.to_owned(), [head, body].concat()));
