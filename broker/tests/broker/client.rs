@@ -139,6 +139,10 @@ impl Client {
 
     /// Submits a job; gives its request and its id.
     pub(crate) fn submit(&mut self, lease_id: u64, payload: &str) -> (u64, u64) {
+        self.try_submit(lease_id, payload).expect("the broker reads")
+    }
+
+    pub(crate) fn try_submit(&mut self, lease_id: u64, payload: &str) -> Result<(u64, u64), FramedError> {
         self.last_job += 1;
         let job = JobFrame {
             lease_id,
@@ -148,7 +152,7 @@ impl Client {
             deadline_ns: 0,
             payload: payload.into(),
         };
-        (self.ask(ClientMessage::Submit(job)), self.last_job)
+        Ok((self.try_ask(ClientMessage::Submit(job))?, self.last_job))
     }
 
     /// Runs a job that succeeds; gives its answer as text.
