@@ -68,12 +68,21 @@ impl Load {
         Load { child, output }
     }
 
-    /// Waits until its clients are at work: the broker answers their jobs.
-    fn await_work(&self, clients: usize) -> Vec<u32> {
+    /// Waits until its clients run.
+    fn await_clients(&mut self, count: usize) {
         eventually("the load's clients run", || {
-            let children = children_of(self.child.id());
-            (children.len() == clients).then_some(children)
-        })
+            assert!(self.is_running(), "the load ended before its clients ran");
+            (self.clients().len() == count).then_some(())
+        });
+    }
+
+    /// Its clients' processes. A broker that it started is its child as well.
+    fn clients(&self) -> Vec<u32> {
+        let is_client = |pid: &u32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|argument| argument == b"worker")
+        };
+        children_of(self.child.id()).into_iter().filter(is_client).collect()
     }
 
     fn is_running(&mut self) -> bool {
@@ -132,7 +141,7 @@ fn engines_are_killed(route: &str) {
         eventually("the broker is at rest", || Census::take(&broker, &watcher).filter(|c| c.leases == 0));
     let extra = ["--verify", "--clients", "2", "--threads", "3", "--bulk", "0.34", "--bulk-batch", "8"];
     let mut load = Load::start(&broker.socket(), broker.folder(), route, storm_seconds(), &extra);
-    load.await_work(2);
+    load.await_clients(2);
     let mut killed = Vec::new();
     while_running(&mut load, || {
         let status = watcher.status().expect("the broker answers");
@@ -173,14 +182,14 @@ fn clients_are_killed(route: &str) {
         eventually("the broker is at rest", || Census::take(&broker, &watcher).filter(|c| c.leases == 0));
     let extra = ["--verify", "--clients", "1", "--threads", "2"];
     let mut load = Load::start(&broker.socket(), broker.folder(), route, storm_seconds(), &extra);
-    load.await_work(1);
+    load.await_clients(1);
     let (mut victims, mut killed) = (None, 0);
     while_running(&mut load, || {
         // Others come and are killed, at whatever they are doing: connecting, leasing, sending, waiting.
         let extra = ["--clients", "3", "--threads", "2", "--batch", "4"];
         let victim =
             victims.get_or_insert_with(|| Load::start(&broker.socket(), broker.folder(), route, 600, &extra));
-        for pid in children_of(victim.child.id()).into_iter().take(1 + killed % 3) {
+        for pid in victim.clients().into_iter().take(1 + killed % 3) {
             kill_pid(pid);
             killed += 1;
         }
@@ -206,7 +215,7 @@ impl Load {
     /// Kills the clients until the load ends, and looks at what it says of that.
     fn await_or_kill_clients(&mut self) {
         eventually("the load with killed clients ends", || {
-            children_of(self.child.id()).into_iter().for_each(kill_pid);
+            self.clients().into_iter().for_each(kill_pid);
             self.child.try_wait().expect("a child can be asked")
         });
         let report = std::fs::read_to_string(&self.output).expect("the report can be read");
@@ -231,7 +240,7 @@ fn brokers_are_killed(route: &str) {
     let socket = folder.path().join("b.sock");
     let extra = ["--verify", "--clients", "2", "--threads", "2", "--timeout", "60"];
     let mut load = Load::start(&socket, folder.path(), route, storm_seconds().max(6), &extra);
-    load.await_work(2);
+    load.await_clients(2);
     let watcher = || {
         let client = Client::builder().socket(&socket).start_broker(StartBroker::Never);
         client.connect().and_then(|client| client.status())

@@ -4,7 +4,7 @@
 use crate::error::SdkError;
 use crate::session::{Reply, Session, Watch};
 use crate::settings::{Settings, StartBroker};
-use crate::start::{Started, rival_lives, start_broker};
+use crate::start::{Started, broker_lives, start_broker};
 use crate::time::{Deadline, SLICE, backoff};
 use shm_layout::wire::ClientMessage;
 use shm_os::socket::{self, SocketError};
@@ -20,6 +20,8 @@ const RIVAL_WAIT: Duration = Duration::from_secs(5);
 const RIVAL_PAUSE: Duration = Duration::from_millis(10);
 /// Looks for a faster starter's broker before its lock file must name it.
 const RIVAL_LOOKS: u32 = 10;
+/// Brokers started in one attempt, where those before were dead before they could be connected to.
+const MAX_STARTS: u32 = 3;
 /// How often an unanswered question is asked again because the broker went away.
 const MAX_ASKS: u32 = 8;
 
@@ -150,26 +152,49 @@ impl Core {
         if start == StartBroker::Never {
             return Err(absent);
         }
-        let (rival_of, failure) = match start_broker(settings, deadline, watch)? {
-            Started::Serves => (None, absent),
-            Started::Ended { pid, error } => (Some(pid), error),
-        };
+        let mut failure = absent;
+        for _ in 0..MAX_STARTS {
+            let (ended, is_broken) = match start_broker(settings, deadline, watch)? {
+                Started::Serves => (None, false),
+                Started::Ended { pid, error, lost_race } => {
+                    failure = error;
+                    (Some(pid), !lost_race)
+                }
+            };
+            if let Some(session) = self.connect_to_any(ended, deadline, watch)? {
+                return Ok(session);
+            }
+            if is_broken || deadline.has_passed() {
+                break;
+            }
+            // Whoever served, this process's broker or a faster starter's, is dead already.
+        }
+        Err(failure)
+    }
+
+    /// Connects to the broker that was just started, or to that of a faster starter; `None` when none of them lives.
+    /// `ended`: the process that was started here and ended.
+    fn connect_to_any(
+        &self,
+        ended: Option<u32>,
+        deadline: Deadline,
+        watch: Watch<'_>,
+    ) -> Result<Option<Session>, SdkError> {
         let rival_deadline = Deadline::after(Some(deadline.left_within(RIVAL_WAIT)));
         for look in 0.. {
             match self.connect(deadline) {
-                Ok(session) => return Ok(session),
+                Ok(session) => return Ok(Some(session)),
                 Err(SocketError::NotThere { .. } | SocketError::Stale { .. } | SocketError::Closed) => {}
                 Err(error) => return Err(SdkError::Connect(error.to_string())),
             }
-            let hopeless =
-                look >= RIVAL_LOOKS && rival_of.is_some_and(|pid| !rival_lives(&settings.socket, pid));
+            let hopeless = look >= RIVAL_LOOKS && !broker_lives(&self.settings.socket, ended);
             if hopeless || rival_deadline.has_passed() {
                 break;
             }
             watch(None);
             std::thread::sleep(RIVAL_PAUSE);
         }
-        Err(failure)
+        Ok(None)
     }
 
     fn connect(&self, deadline: Deadline) -> Result<Session, SocketError> {

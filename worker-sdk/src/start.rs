@@ -14,11 +14,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, TryLockError};
+use std::time::Duration;
 
 /// File name of the program that contains the broker.
 const PROGRAM_NAME: &str = "modelbroker";
 /// Number that the pipe for the readiness message has in the broker.
 const READY_FD: i32 = 3;
+/// Exit code of a broker that found another one running (`docs/operations.md`).
+const ALREADY_RUNNING_EXIT: i32 = 9;
 /// What of a log is shown when the start failed.
 const LOG_TAIL_LINES: usize = 12;
 const LOG_TAIL_BYTES: u64 = 8 * 1024;
@@ -66,6 +69,8 @@ pub(crate) enum Started {
         pid: u32,
         /// What to report when no other one serves either.
         error: SdkError,
+        /// It ended because another one was running.
+        lost_race: bool,
     },
 }
 
@@ -97,8 +102,9 @@ pub(crate) fn start_broker(
         Ok(true) => Ok(Started::Serves),
         // The pipe closes as the process ends; its status follows at once, if it ends at all.
         Ok(false) => {
-            let reason = wait_status(&mut child, deadline);
-            Ok(Started::Ended { pid: child.pid(), error: failed(reason) })
+            let (reason, code) = wait_status(&mut child, deadline);
+            let lost_race = code == Some(ALREADY_RUNNING_EXIT);
+            Ok(Started::Ended { pid: child.pid(), error: failed(reason), lost_race })
         }
         Err(SdkError::DeadlineExceeded(allowed)) => Err(failed(format!("not ready within {allowed:?}"))),
         Err(error) => Err(error),
@@ -107,17 +113,24 @@ pub(crate) fn start_broker(
     outcome
 }
 
-/// Whether another process than `pid` seems to be the broker of this socket, or about to become it: the lock file names
-/// a process that lives. A stale file and a reused number can make this wrong, so it only says that waiting is worth it.
-pub(crate) fn rival_lives(socket: &Path, pid: u32) -> bool {
+/// Whether a process other than `ended` seems to be the broker of this socket, or about to become it: the lock file names
+/// a process that runs. A stale file and a reused number can make this wrong, so it only says that waiting is worth it.
+pub(crate) fn broker_lives(socket: &Path, ended: Option<u32>) -> bool {
     let mut lock_path = socket.to_owned().into_os_string();
     lock_path.push(".lock");
     match run_dir::LockFile::holder_pid(Path::new(&lock_path)) {
-        Some(holder) if holder != pid => {
-            i32::try_from(holder).is_ok_and(|holder| shm_os::process::pidfd_open(holder).is_ok())
-        }
+        Some(holder) if Some(holder) != ended => i32::try_from(holder).is_ok_and(runs),
         _ => false,
     }
+}
+
+/// Whether a process exists and has not ended; one that nobody has waited for yet has ended all the same.
+fn runs(pid: i32) -> bool {
+    let Ok(pidfd) = shm_os::process::pidfd_open(pid) else { return false };
+    let Ok(poller) = Poller::new() else { return true };
+    let mut events = Vec::new();
+    poller.add(&pidfd, 0, Interest::READABLE).is_err()
+        || !matches!(poller.wait(&mut events, Some(Duration::ZERO)), Ok(1..))
 }
 
 fn spawn(
@@ -183,7 +196,8 @@ fn wait_ready(
     }
 }
 
-fn wait_status(child: &mut SpawnedChild, deadline: Deadline) -> String {
+/// How a broker ended, in words and as its exit code where it has one.
+fn wait_status(child: &mut SpawnedChild, deadline: Deadline) -> (String, Option<i32>) {
     let mut events = Vec::new();
     if let Ok(poller) = Poller::new()
         && poller.add(child.pidfd(), 0, Interest::READABLE).is_ok()
@@ -191,9 +205,9 @@ fn wait_status(child: &mut SpawnedChild, deadline: Deadline) -> String {
         let _ = poller.wait(&mut events, Some(deadline.left_within(SLICE)));
     }
     match child.wait_nonblocking() {
-        Ok(Some(status)) => status.to_string(),
-        Ok(None) => "it closed its readiness pipe without serving".into(),
-        Err(error) => error.to_string(),
+        Ok(Some(status)) => (status.to_string(), status.code()),
+        Ok(None) => ("it closed its readiness pipe without serving".into(), None),
+        Err(error) => (error.to_string(), None),
     }
 }
 

@@ -19,7 +19,7 @@ fn main() {
         return serve::run(&arguments[1..]);
     }
     let filter = arguments.iter().find(|argument| !argument.starts_with('-'));
-    let tests: [(&str, fn()); 8] = [
+    let tests: [(&str, fn()); 9] = [
         ("nothing_is_left_when_the_last_handle_is_gone", leaks::nothing_is_left_when_the_last_handle_is_gone),
         ("a_child_gets_a_session_of_its_own", fork::a_child_gets_a_session_of_its_own),
         ("forks_at_any_instant_harm_neither_side", fork::forks_at_any_instant_harm_neither_side),
@@ -27,6 +27,10 @@ fn main() {
         ("a_broker_is_started_when_none_runs", start::a_broker_is_started_when_none_runs),
         ("racing_starters_get_one_broker", start::racing_starters_get_one_broker),
         ("a_failed_start_shows_the_log", start::a_failed_start_shows_the_log),
+        (
+            "a_broker_that_is_dead_before_it_is_connected_to_is_started_again",
+            start::a_broker_that_is_dead_before_it_is_connected_to_is_started_again,
+        ),
         ("a_killed_broker_is_started_again", start::a_killed_broker_is_started_again),
     ];
     println!("\nrunning {} tests", tests.len());

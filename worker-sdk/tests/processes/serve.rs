@@ -8,6 +8,13 @@ use std::path::{Path, PathBuf};
 /// How a test makes the broker fail: this file in the run folder, with the message to fail with.
 pub(crate) const FAIL_FILE: &str = "fail";
 
+/// This file makes one start die right after it said that it is ready.
+pub(crate) const BRIEF_FILE: &str = "brief";
+/// This file makes one start find another broker running, which is gone by then.
+pub(crate) const LATE_FILE: &str = "late";
+/// As `modelbroker serve`.
+const ALREADY_RUNNING_EXIT: i32 = 9;
+
 pub(crate) fn run(arguments: &[String]) {
     let value = |name: &str| {
         let at = arguments.iter().position(|argument| argument == name).expect("option is given");
@@ -23,16 +30,25 @@ pub(crate) fn run(arguments: &[String]) {
         eprintln!("{message}");
         std::process::exit(3);
     }
+    if std::fs::remove_file(folder.join(LATE_FILE)).is_ok() {
+        eprintln!("already running");
+        std::process::exit(ALREADY_RUNNING_EXIT);
+    }
     let lock_path = folder.join("broker.sock.lock");
     let Some(_lock) = LockFile::try_lock(&lock_path).unwrap() else {
         eprintln!("already running");
-        std::process::exit(4);
+        std::process::exit(ALREADY_RUNNING_EXIT);
     };
-    let peer = Peer::start(&socket);
+    let died_early = std::fs::remove_file(folder.join(BRIEF_FILE)).is_ok();
+    let peer = (!died_early).then(|| Peer::start(&socket));
     // Written through /proc, so that no descriptor must be conjured from a number.
     let mut ready =
         std::fs::OpenOptions::new().write(true).open(format!("/proc/self/fd/{ready_fd}")).unwrap();
     ready.write_all(b"READY=1\n").unwrap();
     drop(ready);
-    peer.wait();
+    match peer {
+        Some(peer) => peer.wait(),
+        // As killed: the lock file stays.
+        None => std::process::abort(),
+    }
 }

@@ -1,7 +1,7 @@
 //! Clients that start a broker, alone, together, and in vain.
 
 use crate::peer::{assert_right, eventually, place};
-use crate::serve::FAIL_FILE;
+use crate::serve::{BRIEF_FILE, FAIL_FILE, LATE_FILE};
 use std::path::Path;
 use std::time::Duration;
 use worker_sdk::{Client, ClientBuilder, SdkError, StartBroker};
@@ -50,6 +50,21 @@ pub(crate) fn a_failed_start_shows_the_log() {
     assert!(error.to_string().contains("/nonexistent/modelbroker"), "{error}");
     let error = builder(&socket).start_broker(StartBroker::Never).connect().unwrap_err();
     assert_eq!(error.code(), "NO_BROKER");
+}
+
+pub(crate) fn a_broker_that_is_dead_before_it_is_connected_to_is_started_again() {
+    for (file, others) in [(BRIEF_FILE, 1), (LATE_FILE, 1), (BRIEF_FILE, 4)] {
+        let (_folder, socket) = place();
+        shm_os::run_dir::ensure_private_dir(socket.parent().unwrap()).unwrap();
+        std::fs::write(socket.with_file_name(file), "").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..others {
+                scope.spawn(|| builder(&socket).connect().unwrap().ping().unwrap());
+            }
+        });
+        let last = builder(&socket).start_broker(StartBroker::Never).connect().unwrap();
+        last.shutdown(Duration::ZERO).unwrap();
+    }
 }
 
 pub(crate) fn a_killed_broker_is_started_again() {
