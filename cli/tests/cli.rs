@@ -4,7 +4,8 @@
 use std::process::{Command, Output};
 
 fn modelbroker(arguments: &[&str]) -> Output {
-    let folder = tempfile::tempdir().unwrap();
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    let folder = tempfile::Builder::new().permissions(private).tempdir().unwrap();
     Command::new(env!("CARGO_BIN_EXE_modelbroker"))
         .args(arguments)
         .env("MODELBROKER_SOCKET", folder.path().join("b.sock"))
