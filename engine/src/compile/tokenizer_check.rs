@@ -167,7 +167,7 @@ fn walk(
         Value::String(_) => Ok(()),
         Value::Array(items) if key == "ids" => {
             for item in items {
-                if !item.as_u64().is_some_and(|id| id < vocab_size as u64) {
+                if item.as_u64().is_none_or(|id| id >= vocab_size as u64) {
                     return Err(format!(
                         "id {} is not below the vocabulary's size {vocab_size}",
                         shorten(&item.to_string())
