@@ -31,7 +31,7 @@ fn tensors(layers: usize) -> Vec<Tensor> {
         let is_scale = name.ends_with("LayerNorm.weight");
         all.push((name, shape.to_vec(), is_scale));
     };
-    let mut norm = |add: &mut dyn FnMut(String, &[usize]), name: &str| {
+    let norm = |add: &mut dyn FnMut(String, &[usize]), name: &str| {
         add(format!("{name}.LayerNorm.weight"), &[HIDDEN]);
         add(format!("{name}.LayerNorm.bias"), &[HIDDEN]);
     };

@@ -18,10 +18,7 @@ fn edit_json(folder: &Path, name: &str, change: impl FnOnce(&mut serde_json::Val
 }
 
 /// Rewrites model.safetensors with other tensors.
-fn edit_tensors(
-    folder: &Path,
-    change: impl FnOnce(&mut Vec<(String, safetensors::Dtype, Vec<usize>, Vec<u8>)>),
-) {
+fn edit_tensors(folder: &Path, change: impl FnOnce(&mut Vec<common::Tensor>)) {
     let path = folder.join("model.safetensors");
     let bytes = std::fs::read(&path).expect("read");
     let mut tensors: Vec<_> = safetensors::SafeTensors::deserialize(&bytes)
@@ -125,7 +122,7 @@ fn lying_safetensors_are_refused() {
 
 #[test]
 fn tensors_that_do_not_fit_are_named() {
-    let spoil = |change: &dyn Fn(&mut Vec<(String, safetensors::Dtype, Vec<usize>, Vec<u8>)>)| {
+    let spoil = |change: &dyn Fn(&mut Vec<common::Tensor>)| {
         let folder = copy("bert_mean");
         edit_tensors(folder.path(), |tensors| change(tensors));
         compile(folder.path()).expect_err("accepted")
@@ -140,9 +137,7 @@ fn tensors_that_do_not_fit_are_named() {
         matches!(&error, CompileError::ExtraTensors { names, .. } if names.contains("layer.2.extra")),
         "{error}"
     );
-    let at = |tensors: &[(String, safetensors::Dtype, Vec<usize>, Vec<u8>)]| {
-        tensors.iter().position(|tensor| tensor.0 == name).expect("there")
-    };
+    let at = |tensors: &[common::Tensor]| tensors.iter().position(|tensor| tensor.0 == name).expect("there");
     let error = spoil(&|tensors| {
         let index = at(tensors);
         tensors[index].2.reverse();

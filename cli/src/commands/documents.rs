@@ -126,7 +126,6 @@ pub(super) fn index_one(socket: Option<PathBuf>, args: &IndexDocumentArgs) -> Re
         chunk: ChunkOptions {
             target_tokens: args.chunk_tokens.unwrap_or(defaults.target_tokens),
             overlap_tokens: args.overlap_tokens.unwrap_or(defaults.overlap_tokens),
-            ..defaults
         },
     };
     let result = index_document(&args.path, &mut store, &model, &options);

@@ -168,7 +168,7 @@ mod tests {
                 1,
                 &mut alone,
                 &qkv[sequence.start * 72..sequence.end * 72],
-                &[0..sequence.len()],
+                std::slice::from_ref(&(0..sequence.len())),
                 shape,
             );
             assert_eq!(alone, together[sequence.start * 24..sequence.end * 24], "{sequence:?} differs alone");

@@ -323,7 +323,7 @@ mod tests {
     fn norm_gives_mean_zero_and_variance_one() {
         let mut row: Vec<f32> = (0..37).map(|index| (index as f32).sin() * 5.0 + 3.0).collect();
         let zeros = vec![0.0; 37];
-        add_norm_row(&mut row, &zeros, &zeros, (&vec![1.0; 37], &zeros, 1e-12));
+        add_norm_row(&mut row, &zeros, &zeros, (&[1.0; 37], &zeros, 1e-12));
         let mean: f32 = row.iter().sum::<f32>() / 37.0;
         let variance: f32 = row.iter().map(|x| x * x).sum::<f32>() / 37.0;
         assert!(mean.abs() < 1e-6 && (variance - 1.0).abs() < 1e-5, "{mean} {variance}");

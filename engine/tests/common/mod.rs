@@ -6,16 +6,20 @@ use shm_layout::image::HeapImage;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// A tensor of a safetensors file: name, dtype, shape, bytes.
+pub(crate) type Tensor = (String, safetensors::Dtype, Vec<usize>, Vec<u8>);
+
 /// The stored checkpoints; `tests/parity/make_tiny.py` made them.
-pub const CHECKPOINTS: [&str; 4] = ["bert_mean", "bert_cls_sharded_f16", "bert_max_sqrt_bf16", "xlm_roberta"];
+pub(crate) const CHECKPOINTS: [&str; 4] =
+    ["bert_mean", "bert_cls_sharded_f16", "bert_max_sqrt_bf16", "xlm_roberta"];
 
 /// Folder of a stored checkpoint.
-pub fn stored(name: &str) -> PathBuf {
+pub(crate) fn stored(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/parity/tiny").join(name)
 }
 
 /// A copy of a stored checkpoint in a temporary folder.
-pub fn copy(name: &str) -> tempfile::TempDir {
+pub(crate) fn copy(name: &str) -> tempfile::TempDir {
     fn copy_into(from: &Path, to: &Path) {
         std::fs::create_dir_all(to).expect("folder");
         for entry in std::fs::read_dir(from).expect("list") {
@@ -34,7 +38,7 @@ pub fn copy(name: &str) -> tempfile::TempDir {
 }
 
 /// Compiles a folder to memory.
-pub fn compile(folder: &Path) -> Result<(Vec<u8>, CompileSummary), CompileError> {
+pub(crate) fn compile(folder: &Path) -> Result<(Vec<u8>, CompileSummary), CompileError> {
     let mut image = Vec::new();
     let options = CompileOptions { model_id: "test/model".into(), ..CompileOptions::default() };
     let summary = compile_folder(folder, &options, &mut image, &mut |_| {})?;
@@ -42,28 +46,28 @@ pub fn compile(folder: &Path) -> Result<(Vec<u8>, CompileSummary), CompileError>
 }
 
 /// The error of compiling a folder, as text.
-pub fn compile_error(folder: &Path) -> String {
+pub(crate) fn compile_error(folder: &Path) -> String {
     compile(folder).expect_err("the folder was accepted").to_string()
 }
 
 /// The model of a stored checkpoint.
-pub fn model(name: &str) -> Model {
+pub(crate) fn model(name: &str) -> Model {
     let (image, _) = compile(&stored(name)).expect("compiles");
     Model::load(Arc::new(HeapImage::new(&image))).expect("loads")
 }
 
 /// The texts of a stored checkpoint.
-pub fn texts(name: &str) -> Vec<String> {
+pub(crate) fn texts(name: &str) -> Vec<String> {
     serde_json::from_slice(&std::fs::read(stored(name).join("texts.json")).expect("texts")).expect("JSON")
 }
 
 /// The vectors of sentence-transformers for those texts, one behind the other.
-pub fn expected(name: &str) -> Vec<f32> {
+pub(crate) fn expected(name: &str) -> Vec<f32> {
     let bytes = std::fs::read(stored(name).join("expected.f32")).expect("vectors");
     bytes.as_chunks::<4>().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect()
 }
 
 /// Borrows strings.
-pub fn borrow(texts: &[String]) -> Vec<&str> {
+pub(crate) fn borrow(texts: &[String]) -> Vec<&str> {
     texts.iter().map(String::as_str).collect()
 }

@@ -65,14 +65,11 @@ pub(crate) fn index(
     Ok(summary)
 }
 
-/// How many passages a program that answers from a store is usually handed: one of them must hold the answer.
-const PASSAGES: u32 = 3;
-
 /// A question and what was found.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) question: Question,
-    /// The result that holds the answer, else the best one.
+    /// The best result.
     pub(crate) best: Option<Hit>,
     /// The result that has the answer, where it is among the first.
     pub(crate) answer: Option<Hit>,

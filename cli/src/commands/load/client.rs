@@ -222,7 +222,7 @@ impl Checker {
     fn read(reference: &Reference) -> Result<Checker, Failure> {
         let bytes = std::fs::read(&reference.path)?;
         let values: Vec<f32> = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        if reference.dim == 0 || values.len() % reference.dim != 0 || values.is_empty() {
+        if reference.dim == 0 || !values.len().is_multiple_of(reference.dim) || values.is_empty() {
             return Err(Failure::new(Exit::Failed, "the reference vectors are not whole"));
         }
         Ok(Checker { dim: reference.dim, fingerprint: reference.fingerprint, values })
