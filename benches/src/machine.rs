@@ -26,6 +26,22 @@ pub(crate) fn describe() -> Value {
     })
 }
 
+/// The same for people.
+pub(crate) fn sentence() -> String {
+    let of = describe();
+    let text = |key: &str| of[key].as_str().unwrap_or("unknown").to_owned();
+    let load = of["load_average_1m"].as_f64().map_or("unknown".into(), |load| format!("{load:.1}"));
+    format!(
+        "Measured on: {} (model {}), {} cores, {:.1} GiB, Linux {}; modelbroker {}; load average at the end {load}.",
+        text("cpu"),
+        text("cpu_model"),
+        of["cores"],
+        of["memory_gib"].as_f64().unwrap_or_default(),
+        text("kernel"),
+        text("modelbroker"),
+    )
+}
+
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| {
         let (key, value) = line.split_once(':')?;

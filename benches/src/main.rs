@@ -18,6 +18,7 @@ mod throughput;
 mod worker;
 
 use clap::{Parser, Subcommand};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// Measures modelbroker beside its peers, on this machine, in one run.
@@ -27,6 +28,9 @@ struct Arguments {
     /// Print one JSON object instead of tables.
     #[arg(long, global = true)]
     json: bool,
+    /// Also put the tables into this document, between the comments that name the bench.
+    #[arg(long, global = true, value_name = "FILE")]
+    into: Option<PathBuf>,
     #[command(subcommand)]
     bench: Bench,
 }
@@ -67,5 +71,5 @@ fn main() -> anyhow::Result<()> {
         Bench::RingPeer(peer) => return ring::run_peer(peer),
     };
     report.print(arguments.json);
-    Ok(())
+    arguments.into.as_deref().map_or(Ok(()), |document| report.write_into(document))
 }

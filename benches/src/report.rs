@@ -2,7 +2,9 @@
 //! here.
 
 use crate::machine;
+use anyhow::Context;
 use serde_json::{Map, Value, json};
+use std::path::Path;
 
 /// A table for people.
 #[derive(Debug)]
@@ -27,7 +29,7 @@ impl Table {
         self.rows.push(cells);
     }
 
-    fn print(&self) {
+    fn to_markdown(&self) -> String {
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
             cells.chain(self.header.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
@@ -35,13 +37,11 @@ impl Table {
         let line = |row: &[String]| {
             let cells: Vec<String> =
                 row.iter().enumerate().map(|(i, cell)| format!("{cell:<width$}", width = width(i))).collect();
-            println!("| {} |", cells.join(" | "));
+            format!("| {} |\n", cells.join(" | "))
         };
-        println!("\n## {}\n", self.title);
-        line(&self.header);
         let rule: Vec<String> = (0..self.header.len()).map(|i| "-".repeat(width(i))).collect();
-        line(&rule);
-        self.rows.iter().for_each(|row| line(row));
+        let rows: String = self.rows.iter().map(|row| line(row)).collect();
+        format!("**{}**\n\n{}{}{rows}\n", self.title, line(&self.header), line(&rule))
     }
 }
 
@@ -117,25 +117,52 @@ impl Report {
         Value::Object(object)
     }
 
-    /// Prints the report to standard output.
-    pub(crate) fn print(&self, as_json: bool) {
-        if as_json {
-            println!("{}", self.to_json());
-            return;
-        }
-        println!("# {}\n\n{}", self.name, machine::describe());
-        self.tables.iter().for_each(Table::print);
+    /// Tables, goals and remarks as Markdown.
+    fn to_markdown(&self) -> String {
+        let mut text = format!("{}\n\n", machine::sentence());
+        self.tables.iter().for_each(|table| text.push_str(&table.to_markdown()));
         if !self.goals.is_empty() {
             let mut table = Table::new("Goals", &["what", "measured", "at most", "met"]);
             for goal in &self.goals {
                 let met = goal.is_met().map_or("not measured", |met| if met { "yes" } else { "NO" });
-                let value = goal.value.map_or("-".into(), |value| format!("{value:.3}"));
-                table.row(vec![goal.what.clone(), value, goal.at_most.to_string(), met.into()]);
+                let value = goal.value.map_or("-".into(), short);
+                table.row(vec![goal.what.clone(), value, short(goal.at_most), met.into()]);
             }
-            table.print();
+            text.push_str(&table.to_markdown());
         }
-        self.remarks.iter().for_each(|remark| println!("\n- {remark}"));
+        self.remarks.iter().for_each(|remark| text.push_str(&format!("- {remark}\n")));
+        text
     }
+
+    /// Prints the report to standard output.
+    pub(crate) fn print(&self, as_json: bool) {
+        if as_json {
+            println!("{}", self.to_json());
+        } else {
+            println!("# {}\n\n{}", self.name, self.to_markdown());
+        }
+    }
+
+    /// Puts the report into a document, in place of what stands between the two comments `<!-- NAME begin -->` and
+    /// `<!-- NAME end -->`.
+    ///
+    /// # Errors
+    /// When the document cannot be read or written, or has no such comments.
+    pub(crate) fn write_into(&self, document: &Path) -> anyhow::Result<()> {
+        let text = std::fs::read_to_string(document)
+            .with_context(|| format!("reading {}", document.display()))?;
+        let text = replace_section(&text, self.name, &self.to_markdown())
+            .with_context(|| format!("{} has no section for {}", document.display(), self.name))?;
+        std::fs::write(document, text).with_context(|| format!("writing {}", document.display()))
+    }
+}
+
+/// `text` with other content between the two comments of a section; `None` when they are not there.
+fn replace_section(text: &str, name: &str, content: &str) -> Option<String> {
+    let (begin, end) = (format!("<!-- {name} begin -->"), format!("<!-- {name} end -->"));
+    let (before, rest) = text.split_once(&begin)?;
+    let (_, after) = rest.split_once(&end)?;
+    Some(format!("{before}{begin}\n{}\n{end}{after}", content.trim_end()))
 }
 
 /// Three significant digits and more for larger numbers; for tables.
@@ -173,6 +200,15 @@ mod tests {
         assert_eq!(json["goals"][1]["met"], false);
         assert!(json["goals"][2]["met"].is_null());
         assert!(json["machine"]["cores"].as_u64().unwrap() > 0);
+    }
+
+    #[test]
+    fn a_section_of_a_document_is_replaced_and_nothing_else() {
+        let text = "a\n<!-- x begin -->\nold\n<!-- x end -->\nb\n";
+        let replaced = replace_section(text, "x", "new\n\n").unwrap();
+        assert_eq!(replaced, "a\n<!-- x begin -->\nnew\n<!-- x end -->\nb\n");
+        assert_eq!(replace_section(&replaced, "x", "new").unwrap(), replaced);
+        assert!(replace_section(text, "y", "new").is_none());
     }
 
     #[test]

@@ -1,0 +1,13 @@
+#!/bin/sh
+# Runs every bench and puts its tables into docs/benchmarks.md. On a machine with nothing else to do: about 15 minutes.
+# PEER_PYTHON names a Python that has sentence-transformers (default: what benches/peers/install.sh made).
+set -eu
+cd "$(dirname "$0")/.."
+for name in ${1:-ring attach memory lane processes20 throughput}; do
+    set -- "$name" --into docs/benchmarks.md
+    case "$name" in
+    processes20 | throughput) [ -z "${PEER_PYTHON:-}" ] || set -- "$@" --python "$PEER_PYTHON" ;;
+    esac
+    echo "== $name" >&2
+    cargo run --quiet --release -p benches -- "$@"
+done
