@@ -107,3 +107,13 @@ pub fn children_of(pid: u32) -> Vec<u32> {
         .flat_map(|text| text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
         .collect()
 }
+
+/// Whether a process has ended. One that its parent has not asked about yet has ended too.
+#[must_use]
+pub fn is_gone(pid: u32) -> bool {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        // After the name, which may hold anything, comes the state.
+        Ok(stat) => stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X'])),
+        Err(_) => true,
+    }
+}

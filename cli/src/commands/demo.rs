@@ -18,12 +18,16 @@ use report::{Group, Outcome};
 use shm_os::image_backing::BackingKind;
 use stage::{DemoBroker, Folder, interrupted};
 use std::path::PathBuf;
-use worker_sdk::{Client, LoadProgress, ModelRequest};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+use worker_sdk::{Client, LoadProgress, Model, ModelRequest};
 
 /// Most workers at once.
 const MAX_WORKERS: usize = 64;
 /// Processes started to see how long attaching takes, besides the workers that are measured.
 const ATTACH_SAMPLES: usize = 16;
+/// How often an interruption is looked for.
+const SLICE: Duration = Duration::from_millis(50);
 
 /// Runs the demo and prints what came of it. Whatever happens, nothing is left running and no file is left behind.
 pub(super) fn run(args: &DemoArgs) -> Result<(), Failure> {
@@ -46,7 +50,7 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let broker = DemoBroker::start(&folder, &model_name, &interrupt)?;
     let client = broker.client()?;
     say(&format!("getting the model {}", args.model));
-    let model = client.model_with(ModelRequest::new(model_name).progress(progress()))?;
+    let model = lease(&client, model_name, &interrupt)?;
     let description = model.description()?;
 
     say(&format!("indexing {} with {} subprocesses at a time", corpus.display(), args.workers));
@@ -92,6 +96,26 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), Failure> {
         outcome.print();
     }
     outcome.verdict()
+}
+
+/// Leases the model; loading it may mean a long download, which the user may end.
+fn lease(client: &Client, model_name: String, interrupt: &Interrupt) -> Result<Model, Failure> {
+    let (sender, loaded) = channel();
+    let client = client.clone();
+    std::thread::spawn(move || {
+        let request = ModelRequest::new(model_name).progress(progress());
+        // Nobody listens any more when the demo was ended.
+        let _ = sender.send(client.model_with(request));
+    });
+    loop {
+        match loaded.recv_timeout(SLICE) {
+            Ok(model) => return Ok(model?),
+            Err(RecvTimeoutError::Timeout) => interrupted(interrupt)?,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Failure::new(Exit::Failed, "the thread that waits for the model ended"));
+            }
+        }
+    }
 }
 
 /// What is being done, for people.

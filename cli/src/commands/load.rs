@@ -40,10 +40,10 @@ const END_GRACE: Duration = Duration::from_secs(20);
 /// Runs a load and prints what was measured.
 pub(super) fn run(socket: Option<PathBuf>, args: &LoadArgs) -> Result<(), Failure> {
     check(args)?;
-    let interrupt = Interrupt::install()?;
     let client = super::client(socket, "load", None).connect()?;
     // Held until the end, so that the model stays; also the route by which the reference is computed.
     let model = super::lease(&client, &args.model, args.route)?;
+    let interrupt = Interrupt::install()?;
     let threads = args.clients * args.threads;
     let count = MIN_TEXTS.max(threads * MIN_TEXTS_A_THREAD).min(texts::MAX_TEXTS);
     let texts = texts::make(args.seed, count, args.tokens);
