@@ -149,8 +149,8 @@ impl Report {
     /// # Errors
     /// When the document cannot be read or written, or has no such comments.
     pub(crate) fn write_into(&self, document: &Path) -> anyhow::Result<()> {
-        let text = std::fs::read_to_string(document)
-            .with_context(|| format!("reading {}", document.display()))?;
+        let text =
+            std::fs::read_to_string(document).with_context(|| format!("reading {}", document.display()))?;
         let text = replace_section(&text, self.name, &self.to_markdown())
             .with_context(|| format!("{} has no section for {}", document.display(), self.name))?;
         std::fs::write(document, text).with_context(|| format!("writing {}", document.display()))

@@ -50,7 +50,10 @@ fn figures_of_all_ways_are_there_and_nothing_is_left() {
     assert_eq!(report["private"]["weights_copies"], 2.0, "{report:#}");
     let workers = |value: &Value| value["workers"].as_array().cloned().unwrap_or_default();
     for worker in workers(&report).iter().chain(&workers(&report["attached"])) {
-        assert!(worker["private_mb"].as_f64() > Some(0.0) && worker["attach_us"].as_u64() > Some(0), "{report:#}");
+        assert!(
+            worker["private_mb"].as_f64() > Some(0.0) && worker["attach_us"].as_u64() > Some(0),
+            "{report:#}"
+        );
     }
     assert!(workers(&report).iter().all(|worker| worker["private_mb"].as_f64() <= Some(4.0)), "{report:#}");
     assert_eq!([workers(&report).len(), workers(&report["private"]).len()], [2, 2]);

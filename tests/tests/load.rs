@@ -13,7 +13,8 @@ fn start_broker() -> Broker {
     let model = workspace().join("tests/parity/tiny/bert_mean");
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("storm-cache");
     let arguments =
-        ["--model".into(), model.to_string_lossy(), "--cache-dir".into(), cache.to_string_lossy()].map(String::from);
+        ["--model".into(), model.to_string_lossy(), "--cache-dir".into(), cache.to_string_lossy()]
+            .map(String::from);
     Broker::start(&arguments.each_ref().map(String::as_str))
 }
 
@@ -22,19 +23,40 @@ fn every_figure_is_there_and_adds_up() {
     let broker = start_broker();
     for route in ["lane", "socket"] {
         let arguments = [
-            "load", "--json", "--verify", "--route", route, "--tokens", "10", "--duration", "1", "--clients", "2",
-            "--threads", "2", "--batch", "2", "--bulk", "0.5", "--bulk-batch", "5",
+            "load",
+            "--json",
+            "--verify",
+            "--route",
+            route,
+            "--tokens",
+            "10",
+            "--duration",
+            "1",
+            "--clients",
+            "2",
+            "--threads",
+            "2",
+            "--batch",
+            "2",
+            "--bulk",
+            "0.5",
+            "--bulk-batch",
+            "5",
         ];
         let output = broker.run(&arguments, b"");
         assert_ok(&output);
         let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON document");
-        let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("no number: {value} in {report:#}"));
-        for name in ["lost", "wrong", "duplicated", "errors", "reconnects", "clients_killed", "clients_failed"] {
+        let number =
+            |value: &Value| value.as_f64().unwrap_or_else(|| panic!("no number: {value} in {report:#}"));
+        for name in
+            ["lost", "wrong", "duplicated", "errors", "reconnects", "clients_killed", "clients_failed"]
+        {
             assert_eq!(report[name], 0, "{name}");
         }
         let [all, interactive, bulk] = [&report, &report["interactive"], &report["bulk"]];
         for class in [all, interactive, bulk] {
-            let quantiles = ["p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms"].map(|name| number(&class[name]));
+            let quantiles =
+                ["p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms"].map(|name| number(&class[name]));
             assert!(quantiles[0] > 0.0 && quantiles.is_sorted(), "{quantiles:?}");
             assert!(number(&class["texts_per_s"]) > 0.0);
         }
@@ -53,7 +75,11 @@ fn every_figure_is_there_and_adds_up() {
 #[test]
 fn wrong_settings_are_refused_by_name() {
     for (setting, value) in [("--clients", "0"), ("--bulk", "1.5"), ("--tokens", "1"), ("--timeout", "0")] {
-        let output = tests::running::run_program(Some(Path::new("/nonexistent/b.sock")), &["load", setting, value], b"");
+        let output = tests::running::run_program(
+            Some(Path::new("/nonexistent/b.sock")),
+            &["load", setting, value],
+            b"",
+        );
         assert_eq!(output.status.code(), Some(2), "{setting}");
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(message.contains(setting), "{message}");
@@ -73,7 +99,8 @@ fn killed_clients_are_told_apart_and_an_interruption_gives_a_report() {
         .expect("the load can be started");
     let at_work = |count| {
         let status = broker.status();
-        status.sessions.iter().filter(|session| session.client_name == "load" && session.lanes > 0).count() == count
+        status.sessions.iter().filter(|session| session.client_name == "load" && session.lanes > 0).count()
+            == count
     };
     // The two clients and their parent, which holds the model for them.
     eventually("both clients hold a lane", || at_work(3).then_some(()));
