@@ -27,7 +27,7 @@ use std::sync::LazyLock;
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     let shm = PathBuf::from("/dev/shm");
     let base = if shm.is_dir() { shm } else { std::env::temp_dir() };
-    let folder = base.join(format!("modelbroker-fuzz-{}", std::process::id()));
+    let folder = base.join(format!("fuzz-scratch-{}", std::process::id()));
     std::fs::create_dir_all(folder.join("1_Pooling")).expect("a place for files is there");
     folder
 });
