@@ -96,12 +96,18 @@ pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
 
 /// Whether the file is a store: `Ok(false)` for one without any table, an error for someone else's or a newer one.
 pub(crate) fn is_store(connection: &Connection) -> Result<bool, StoreError> {
+    // All is read at one state of the file: with another process making the store between two reads, the file
+    // would have tables but no application id yet, as only a foreign one has.
+    let _one_state = match connection.is_autocommit() {
+        true => Some(connection.unchecked_transaction()?),
+        false => None,
+    };
     let pragma = |name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i32>(0));
+    let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
     let (application_id, version) = (pragma("application_id")?, pragma("user_version")?);
     if application_id == APPLICATION_ID {
         return if version == SCHEMA_VERSION { Ok(true) } else { Err(StoreError::Version { version }) };
     }
-    let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
     if application_id == 0 && version == 0 && tables == 0 {
         return Ok(false);
     }

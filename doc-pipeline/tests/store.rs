@@ -365,6 +365,27 @@ fn four_processes_index_into_one_fresh_store() {
 }
 
 #[test]
+fn many_openers_of_a_fresh_store_all_get_it() {
+    const OPENERS: usize = 4;
+    const ROUNDS: usize = 100;
+    let setup = Setup::new();
+    for round in 0..ROUNDS {
+        let path = setup.path(&format!("{round}.db"));
+        let start = std::sync::Barrier::new(OPENERS);
+        std::thread::scope(|scope| {
+            for _ in 0..OPENERS {
+                scope.spawn(|| {
+                    start.wait();
+                    let store =
+                        Store::open_or_create(&path, &ModelIdentity::of(&setup.model)).expect("store");
+                    assert_eq!(store.stats().expect("stats").documents, 0);
+                });
+            }
+        });
+    }
+}
+
+#[test]
 fn a_subprocess_that_eats_memory_ends_alone() {
     let setup = Setup::new();
     let options = SuperviseOptions::default();
