@@ -23,6 +23,8 @@ const SIZES_BYTES: [usize; 4] = [64, 2 << 10, 64 << 10, 1 << 20];
 const HEADLINE_BYTES: usize = 2 << 10;
 /// A round trip that takes longer than this is one whose peer is gone.
 const STUCK_AFTER: Duration = Duration::from_secs(10);
+/// A sleeping client looks up as often, as in the SDK: the death of an engine wakes nobody.
+const WAIT_SLICE: Duration = Duration::from_millis(50);
 /// One in so many round trips of a block comes before it, unmeasured.
 const WARM_UP_SHARE: u32 = 8;
 

@@ -145,6 +145,10 @@ impl LaneMemory for LaneMapping {
         self.check_owner();
         self.raw.write(offset, from);
     }
+    #[inline]
+    fn prefetch(&self, offset: usize, len_bytes: usize) {
+        self.raw.prefetch(offset, len_bytes);
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Both ends of an iceoryx2 request-response service, polled or with an event each way. Payloads are copied in and out on
 //! both sides, because that is what a lane does: its users hold texts and vectors of their own.
 
-use super::{Caller, Patience, STUCK_AFTER};
+use super::{Caller, Patience, STUCK_AFTER, WAIT_SLICE};
 use anyhow::{Context, anyhow, ensure};
 use iceoryx2::port::client::Client;
 use iceoryx2::port::listener::Listener;
@@ -47,10 +47,9 @@ impl Common {
         Ok(Common { node, notifier, listener })
     }
 
+    /// Sleeps until an event; returns without one now and then, as when two were sent and the first wait took both.
     fn sleep(&self) -> anyhow::Result<()> {
-        let count = self.listener.timed_wait(|_| {}, STUCK_AFTER).map_err(fault("waiting for an event"))?;
-        ensure!(count > 0, "no event for {STUCK_AFTER:?}");
-        Ok(())
+        self.listener.timed_wait(|_| {}, WAIT_SLICE).map(|_| ()).map_err(fault("waiting for an event"))
     }
 
     fn notify(&self) -> anyhow::Result<()> {

@@ -1,19 +1,17 @@
 //! Both ends of a lane as `ring` drives them: the client's as the SDK does, the engine's as an engine does, less the
 //! computing.
 
-use super::{Caller, Patience, STUCK_AFTER};
+use super::{Caller, Patience, STUCK_AFTER, WAIT_SLICE};
 use anyhow::{Context, ensure};
 use shm_layout::code::Code;
 use shm_layout::lane::{CheckedJob, ClientLane, EngineLane, Geometry, JobRequest};
 use shm_layout::wire::{Operation, Priority};
 use shm_os::lane_mapping::LaneMapping;
 use shm_os::{Doorbell, Interest, PollEvent, Poller};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Most jobs taken from the lane at once, as in an engine.
 const MAX_DRAINED_JOBS: usize = 16;
-/// A sleeping client looks up as often, as in the SDK: the death of an engine wakes nobody.
-const WAIT_SLICE: Duration = Duration::from_millis(50);
 
 /// The client's end.
 pub(super) struct OursCaller {
@@ -46,6 +44,9 @@ impl OursCaller {
         let until = Instant::now() + STUCK_AFTER;
         while let Some(tail) = self.lane.prepare_wait() {
             self.lane.memory().wait_completion(tail, WAIT_SLICE)?;
+            if self.lane.has_completions() {
+                break;
+            }
             ensure!(Instant::now() < until, "no answer for {STUCK_AFTER:?}");
         }
         Ok(())

@@ -5,7 +5,7 @@ use super::geometry::{
     CANCELLED_SEQUENCE, CELL_BODY, CELL_BODY_BYTES, CLIENT_WAITING, COMPLETION_ENTRY_BYTES, COMPLETION_HEAD,
     COMPLETION_TAIL, ENGINE_ARMED, Geometry, SUBMISSION_TAIL, SUBMITTED_SEQUENCE,
 };
-use super::memory::LaneMemory;
+use super::memory::{LaneMemory, MAX_PREFETCH_BYTES};
 use crate::code::Code;
 use crate::wire::{Operation, Priority};
 use std::sync::atomic::Ordering;
@@ -110,6 +110,8 @@ pub struct ClientLane<M> {
     submission_tail: u32,
     completion_head: u32,
     last_sequence: u64,
+    /// Offset and capacity of the output of the job submitted last: the likeliest to be answered next.
+    last_output: (usize, usize),
     cells: Vec<Option<InFlight>>,
     free_cells: Vec<u32>,
     free_slots: Vec<Vec<u16>>,
@@ -127,6 +129,7 @@ impl<M: LaneMemory> ClientLane<M> {
             submission_tail: 0,
             completion_head: 0,
             last_sequence: 0,
+            last_output: (0, 0),
             cells: (0..geometry.jobs).map(|_| None).collect(),
             // Last in, first out: the hottest cell and slot are used again first.
             free_cells: (0..geometry.jobs as u32).rev().collect(),
@@ -173,6 +176,8 @@ impl<M: LaneMemory> ClientLane<M> {
     /// # Errors
     /// [`SubmitError`]: nothing was submitted.
     pub fn submit(&mut self, request: &JobRequest<'_>) -> Result<Ticket, SubmitError> {
+        // The engine has written it since it was read here last; `needs_doorbell` looks at it soon.
+        self.memory.prefetch(ENGINE_ARMED, 1);
         let input_bytes: usize = request.input.iter().map(|piece| piece.len()).sum();
         let Some(cell) = self.free_cells.pop() else { return Err(SubmitError::JobsFull(self.geometry.jobs)) };
         let slots = self.take_slot(input_bytes).and_then(|input| {
@@ -205,6 +210,7 @@ impl<M: LaneMemory> ClientLane<M> {
         // Release: pairs with the engine's Acquire load of the tail; everything above is visible behind it.
         self.memory.store_u32(SUBMISSION_TAIL, self.submission_tail, Ordering::Release);
         let output_capacity_bytes = request.output_capacity_bytes;
+        self.last_output = (output.offset, output_capacity_bytes);
         self.cells[cell as usize] = Some(InFlight { sequence, input, output, output_capacity_bytes });
         Ok(Ticket { cell, sequence })
     }
@@ -251,6 +257,12 @@ impl<M: LaneMemory> ClientLane<M> {
             });
         }
         let count = (ready as usize).min(most);
+        if count > 0 {
+            // As in `EngineLane::drain`: entry and output at once, not one after the other.
+            let (output, capacity_bytes) = self.last_output;
+            self.memory.prefetch(self.geometry.completion_entry(self.completion_head), 1);
+            self.memory.prefetch(output, capacity_bytes.min(MAX_PREFETCH_BYTES));
+        }
         for _ in 0..count {
             let position = self.completion_head;
             let mut entry = [0; COMPLETION_ENTRY_BYTES];

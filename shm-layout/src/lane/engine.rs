@@ -7,7 +7,7 @@ use super::geometry::{
     COMPLETION_HEAD, COMPLETION_TAIL, DONE_SEQUENCE, ENGINE_ARMED, Geometry, SUBMISSION_HEAD,
     SUBMISSION_TAIL, SUBMITTED_SEQUENCE,
 };
-use super::memory::LaneMemory;
+use super::memory::{LaneMemory, MAX_PREFETCH_BYTES};
 use crate::code::Code;
 use crate::wire::{Operation, Priority};
 use std::sync::atomic::Ordering;
@@ -54,6 +54,16 @@ pub struct EngineLane<M> {
     completion_head: u32,
     /// For each cell the job that was taken and not yet answered; 0 = none.
     taken: Vec<u64>,
+    guess: Guess,
+}
+
+/// What the next job's cell and input will be: those of the last one, since a client uses the hottest first. Worth only
+/// what a prefetch is worth.
+#[derive(Debug, Clone, Copy)]
+struct Guess {
+    cell: u32,
+    input_offset: usize,
+    input_bytes: usize,
 }
 
 impl<M: LaneMemory> EngineLane<M> {
@@ -73,6 +83,7 @@ impl<M: LaneMemory> EngineLane<M> {
             completion_tail,
             completion_head: completion_tail,
             taken: vec![0; jobs],
+            guess: Guess { cell: 0, input_offset: 0, input_bytes: 0 },
         };
         lane.ready()?;
         lane.read_completion_head()?;
@@ -207,6 +218,14 @@ impl<M: LaneMemory> EngineLane<M> {
     pub fn drain(&mut self, most: usize, into: &mut Vec<CheckedJob>) -> Result<bool, LaneFault> {
         let ready = self.ready()? as usize;
         let count = ready.min(most);
+        if count > 0 {
+            // Each of these lines was written by another core. Asked for at once they come at once; entry, cell and
+            // input name each other, so otherwise each is a round trip of its own.
+            self.memory.prefetch(self.geometry.submission_entry(self.submission_head), 1);
+            self.memory.prefetch(self.geometry.client_cell(self.guess.cell), 1);
+            self.memory.prefetch(CLIENT_WAITING, 1);
+            self.memory.prefetch(self.guess.input_offset, self.guess.input_bytes.min(MAX_PREFETCH_BYTES));
+        }
         for _ in 0..count {
             let position = self.submission_head;
             let entry = self.memory.load_u64(self.geometry.submission_entry(position), Ordering::Relaxed);
@@ -223,6 +242,7 @@ impl<M: LaneMemory> EngineLane<M> {
             }
             let (job, _) = self.check_cell(cell, sequence)?;
             self.taken[cell as usize] = sequence;
+            self.guess = Guess { cell, input_offset: job.input_offset, input_bytes: job.input_bytes };
             into.push(job);
             self.submission_head = position.wrapping_add(1);
         }
