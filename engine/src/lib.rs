@@ -16,6 +16,7 @@ mod kernel;
 pub mod model;
 mod threads;
 mod verify;
+pub mod wordpiece;
 
 pub use compile::{CompileError, CompileOptions, CompileProgress, CompileSummary, ImageSink, compile_folder};
 pub use model::{Embeddings, EncodedText, Model, ModelError, ModelInfo};

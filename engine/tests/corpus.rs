@@ -1,5 +1,5 @@
-//! Replays the saved inputs of the fuzz target `model_files` under plain `cargo test`. The parsers are taken in as source
-//! files, as the target does: they are private to the engine.
+//! Replays the saved inputs of the fuzz targets `model_files` and `wordpiece` under plain `cargo test`. What they run is
+//! taken in as source files, as the targets do: most of it is private to the engine.
 //! `BLESS=1 cargo test -p engine --test corpus` writes the seeds anew; inputs that fuzzing found lie beside them.
 
 #[allow(dead_code, unreachable_pub)]
@@ -11,13 +11,15 @@ mod json;
 #[allow(unreachable_pub)]
 #[path = "../../fuzz/src/model_files/mod.rs"]
 mod model_files;
+#[allow(unreachable_pub)]
+#[path = "../../fuzz/src/wordpiece/mod.rs"]
+mod wordpiece;
 
 use std::path::PathBuf;
 
-#[test]
-fn every_saved_input_passes() {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/model_files");
-    for (name, bytes) in model_files::seeds() {
+fn replay<N: std::fmt::Display>(target: &str, seeds: Vec<(N, Vec<u8>)>, run: fn(&[u8])) {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
+    for (name, bytes) in seeds {
         let path = folder.join(format!("seed-{name}"));
         if std::env::var_os("BLESS").is_some() {
             std::fs::create_dir_all(&folder).unwrap();
@@ -29,7 +31,17 @@ fn every_saved_input_passes() {
     for entry in std::fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();
         println!("{}", path.display());
-        model_files::run(&std::fs::read(&path).unwrap());
+        run(&std::fs::read(&path).unwrap());
     }
+}
+
+#[test]
+fn every_saved_input_passes() {
+    replay("model_files", model_files::seeds(), model_files::run);
     model_files::clean_up();
+}
+
+#[test]
+fn every_saved_text_passes() {
+    replay("wordpiece", wordpiece::seeds(), wordpiece::run);
 }

@@ -10,3 +10,4 @@ mod json;
 
 pub mod layout;
 pub mod model_files;
+pub mod wordpiece;

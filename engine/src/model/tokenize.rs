@@ -1,13 +1,17 @@
-//! Texts to token ids: the tokenizers crate, contained. Panics become errors; padding and truncation are ours.
+//! Texts to token ids: by our own tables where they cover the model's tokenizer, else by the tokenizers crate, contained:
+//! its panics become errors. Special tokens around a text and cutting are ours.
 
 use super::ModelError;
 use crate::config::EncoderConfig;
+use crate::wordpiece::{Fringe, WordPiece};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use tokenizers::{Encoding, NormalizerWrapper, Tokenizer};
+use tokenizers::{NormalizerWrapper, Tokenizer};
 
 /// Longest text that is tokenized, bytes. Bounds the memory of one text's tokens to some 100 MB.
 pub const MAX_TEXT_BYTES: usize = 1 << 20;
+/// Bytes of prose that a token has at least, on average: what memory is set aside for.
+const BYTES_PER_TOKEN: usize = 4;
 
 /// A text as the model reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,12 +43,18 @@ impl EncodedText {
     }
 }
 
-/// Special tokens on one side of a text: ids and type ids.
-type Fringe = (Vec<u32>, Vec<u32>);
+/// What does the work.
+enum Tokens {
+    /// Tables, which hold the special tokens around a text too. The crate's tokenizer is never built: it takes some ten
+    /// milliseconds and megabytes.
+    Tables(Box<WordPiece>),
+    /// The tokenizers crate, for every tokenizer that the tables do not cover.
+    Library(Box<Tokenizer>),
+}
 
 /// A loaded tokenizer with the model's special tokens and length.
 pub(crate) struct TextEncoder {
-    tokenizer: Tokenizer,
+    tokens: Tokens,
     before: Fringe,
     after: Fringe,
     text_type_id: u32,
@@ -60,40 +70,30 @@ impl TextEncoder {
         max_seq_tokens: usize,
         lower_case: bool,
     ) -> Result<Self, ModelError> {
-        let mut tokenizer = contained(|| Tokenizer::from_bytes(json))?;
-        tokenizer.with_padding(None);
-        contained(|| tokenizer.with_truncation(None).map(|_| ()))?;
-        if lower_case {
-            lower_case_first(&mut tokenizer)?;
-        }
-        let mut encoder = TextEncoder {
-            tokenizer,
-            before: Fringe::default(),
-            after: Fringe::default(),
-            text_type_id: 0,
-            vocab_size: config.vocab_size,
-            max_seq_tokens,
+        let encoder = match WordPiece::from_json(json, lower_case) {
+            Some(tables) => TextEncoder {
+                before: tables.before().clone(),
+                after: tables.after().clone(),
+                text_type_id: tables.text_type_id(),
+                tokens: Tokens::Tables(Box::new(tables)),
+                vocab_size: config.vocab_size,
+                max_seq_tokens,
+            },
+            None => {
+                let library = library(json, lower_case)?;
+                let (before, text_type_id, after) = surroundings(&library)?;
+                let tokens = Tokens::Library(Box::new(library));
+                let vocab_size = config.vocab_size;
+                TextEncoder { tokens, before, after, text_type_id, vocab_size, max_seq_tokens }
+            }
         };
-        encoder.find_special_tokens(config)?;
+        encoder.check_special_tokens(config)?;
         Ok(encoder)
     }
 
-    /// Learns from a sample which special tokens surround a text, so that cutting and surrounding need no second pass.
-    fn find_special_tokens(&mut self, config: &EncoderConfig) -> Result<(), ModelError> {
-        const SAMPLE: &str = "a";
+    /// Special tokens must leave room for a text, and be tokens and types that the model has.
+    fn check_special_tokens(&self, config: &EncoderConfig) -> Result<(), ModelError> {
         let fail = |reason: String| ModelError::Tokenizer { reason };
-        let bare = self.run(SAMPLE, false)?;
-        let full = self.run(SAMPLE, true)?;
-        let special = full.get_special_tokens_mask();
-        let first = special.iter().take_while(|flag| **flag == 1).count();
-        let last = first + bare.len();
-        if bare.is_empty() || full.get_ids().get(first..last) != Some(bare.get_ids()) {
-            return Err(fail("its post-processor does more than put special tokens around a text".into()));
-        }
-        let (ids, kinds) = (full.get_ids(), full.get_type_ids());
-        self.before = (ids[..first].to_vec(), kinds[..first].to_vec());
-        self.after = (ids[last..].to_vec(), kinds[last..].to_vec());
-        self.text_type_id = kinds[first];
         if self.special_tokens() >= self.max_seq_tokens {
             return Err(fail(format!(
                 "{} special tokens leave no room in sequences of {} tokens",
@@ -101,10 +101,12 @@ impl TextEncoder {
                 self.max_seq_tokens
             )));
         }
-        if let Some(id) = ids.iter().find(|id| **id as usize >= config.vocab_size) {
+        let mut ids = self.before.0.iter().chain(&self.after.0);
+        if let Some(id) = ids.find(|id| **id as usize >= config.vocab_size) {
             return Err(fail(format!("special token id {id} is not below vocab_size {}", config.vocab_size)));
         }
-        if let Some(kind) = kinds.iter().find(|kind| **kind as usize >= config.type_count) {
+        let mut kinds = self.before.1.iter().chain(&self.after.1).chain([&self.text_type_id]);
+        if let Some(kind) = kinds.find(|kind| **kind as usize >= config.type_count) {
             return Err(fail(format!(
                 "token type id {kind} is not below type_vocab_size {}",
                 config.type_count
@@ -117,50 +119,83 @@ impl TextEncoder {
         self.before.0.len() + self.after.0.len()
     }
 
-    fn run(&self, text: &str, special: bool) -> Result<Encoding, ModelError> {
-        contained(|| self.tokenizer.encode_fast(text, special))
-    }
-
     /// Encodes the text with this index in its call.
     pub(crate) fn encode(&self, index: usize, text: &str) -> Result<EncodedText, ModelError> {
         check_text(index, text)?;
-        let encoding = self.run(text, false)?;
-        let tokens = encoding.get_ids();
-        let kept = &tokens[..tokens.len().min(self.max_seq_tokens - self.special_tokens())];
+        let special_tokens = self.special_tokens();
+        let mut ids = Vec::with_capacity(special_tokens + text.len() / BYTES_PER_TOKEN);
+        ids.extend_from_slice(&self.before.0);
+        match &self.tokens {
+            Tokens::Tables(tables) => tables.encode_into(text, &mut ids),
+            Tokens::Library(library) => {
+                ids.extend_from_slice(contained(|| library.encode_fast(text, false))?.get_ids());
+            }
+        }
+        let total_tokens = ids.len() + self.after.0.len();
+        let room = self.max_seq_tokens - self.after.0.len();
+        if ids.len() > room {
+            ids.truncate(room);
+            ids.shrink_to(self.max_seq_tokens);
+        }
+        let kept = ids.get(self.before.0.len()..).unwrap_or_default();
         let vocab_size = self.vocab_size;
         if let Some(id) = kept.iter().find(|id| **id as usize >= vocab_size) {
             return Err(ModelError::TokenId { index, id: *id, vocab_size });
         }
-        let kinds = std::iter::repeat_n(self.text_type_id, kept.len());
-        Ok(EncodedText {
-            ids: [&self.before.0, kept, &self.after.0].concat(),
-            type_ids: self
-                .before
-                .1
-                .iter()
-                .copied()
-                .chain(kinds)
-                .chain(self.after.1.iter().copied())
-                .collect(),
-            total_tokens: tokens.len() + self.special_tokens(),
-        })
+        let mut type_ids = Vec::with_capacity(special_tokens + kept.len());
+        type_ids.extend_from_slice(&self.before.1);
+        type_ids.resize(ids.len(), self.text_type_id);
+        type_ids.extend_from_slice(&self.after.1);
+        ids.extend_from_slice(&self.after.0);
+        Ok(EncodedText { ids, type_ids, total_tokens })
     }
 
     /// Byte ranges of all tokens of a text, in order, without special tokens and without cutting.
     pub(crate) fn spans(&self, text: &str) -> Result<Vec<Range<usize>>, ModelError> {
         check_text(0, text)?;
-        let encoding = contained(|| self.tokenizer.encode(text, false))?;
-        let mut spans = Vec::with_capacity(encoding.len());
-        for (start, end) in encoding.get_offsets() {
-            if start > end || text.get(*start..*end).is_none() {
-                return Err(ModelError::Tokenizer {
-                    reason: "it gave a token that is no part of the text".into(),
-                });
+        let spans = match &self.tokens {
+            Tokens::Tables(tables) => tables.spans(text),
+            Tokens::Library(library) => {
+                let encoding = contained(|| library.encode(text, false))?;
+                encoding.get_offsets().iter().map(|(start, end)| *start..*end).collect()
             }
-            spans.push(*start..*end);
+        };
+        if spans.iter().any(|span| span.start > span.end || text.get(span.clone()).is_none()) {
+            return Err(ModelError::Tokenizer {
+                reason: "it gave a token that is no part of the text".into(),
+            });
         }
         Ok(spans)
     }
+}
+
+/// The crate's tokenizer of a tokenizer.json.
+fn library(json: &[u8], lower_case: bool) -> Result<Tokenizer, ModelError> {
+    let mut tokenizer = contained(|| Tokenizer::from_bytes(json))?;
+    tokenizer.with_padding(None);
+    contained(|| tokenizer.with_truncation(None).map(|_| ()))?;
+    if lower_case {
+        lower_case_first(&mut tokenizer)?;
+    }
+    Ok(tokenizer)
+}
+
+/// Learns from a sample which special tokens surround a text, and its type id between them, so that cutting and
+/// surrounding need no second pass.
+fn surroundings(library: &Tokenizer) -> Result<(Fringe, u32, Fringe), ModelError> {
+    const SAMPLE: &str = "a";
+    let bare = contained(|| library.encode_fast(SAMPLE, false))?;
+    let full = contained(|| library.encode_fast(SAMPLE, true))?;
+    let special = full.get_special_tokens_mask();
+    let first = special.iter().take_while(|flag| **flag == 1).count();
+    let last = first + bare.len();
+    let (ids, kinds) = (full.get_ids(), full.get_type_ids());
+    let reason = "its post-processor does more than put special tokens around a text";
+    if bare.is_empty() || ids.get(first..last) != Some(bare.get_ids()) {
+        return Err(ModelError::Tokenizer { reason: reason.into() });
+    }
+    let before = (ids[..first].to_vec(), kinds[..first].to_vec());
+    Ok((before, kinds[first], (ids[last..].to_vec(), kinds[last..].to_vec())))
 }
 
 fn check_text(index: usize, text: &str) -> Result<(), ModelError> {
