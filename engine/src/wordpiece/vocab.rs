@@ -12,8 +12,9 @@ const SHORT_BYTES: usize = 16;
 const INDEX_BITS: u32 = 20;
 /// Most entries, those for words' beginnings and for continuations together.
 const MAX_ENTRIES: usize = (1 << INDEX_BITS) - 1;
-/// Most slots that a search may look at; a vocabulary that needs more was made to be slow.
-const MAX_PROBES: usize = 64;
+/// Most slots that a search looks at; half-full tables of this size need some 70, and a vocabulary that needs more than this
+/// was made to be slow.
+const MAX_PROBES: usize = 256;
 /// Bits of the number of a bucket of [`Vocab::starts`].
 const START_BITS: u32 = 13;
 /// Bytes of an entry that choose its bucket.
@@ -138,9 +139,8 @@ impl Vocab {
     #[inline]
     fn find(&self, hash: u64, is: impl Fn(&Entry) -> bool) -> Option<u32> {
         let mask = self.slots.len() - 1;
-        let mut at = hash as usize & mask;
-        loop {
-            let slot = *self.slots.get(at)?;
+        for probe in 0..MAX_PROBES {
+            let slot = *self.slots.get((hash as usize).wrapping_add(probe) & mask)?;
             if slot == 0 {
                 return None;
             }
@@ -150,8 +150,8 @@ impl Vocab {
             {
                 return Some(entry.id);
             }
-            at = (at + 1) & mask;
         }
+        None
     }
 
     #[inline]
