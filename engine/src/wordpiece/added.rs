@@ -34,6 +34,12 @@ impl AddedTokens {
         if tokens.iter().any(|token| token.content.is_empty() || token.content.trim() != token.content) {
             return None;
         }
+        let mut contents: Vec<&str> = tokens.iter().map(|token| token.content.as_str()).collect();
+        contents.sort_unstable();
+        // Of two tokens that are the same normalised, the crate takes one by chance.
+        if contents.windows(2).any(|pair| pair[0] == pair[1]) {
+            return None;
+        }
         let mut first_bytes: Vec<u8> =
             tokens.iter().filter_map(|token| token.content.bytes().next()).collect();
         first_bytes.sort_unstable();
