@@ -8,6 +8,7 @@ mod fixture;
 mod lane;
 mod machine;
 mod memory;
+mod peers;
 mod processes20;
 mod python;
 mod report;
@@ -49,6 +50,8 @@ enum Bench {
     Processes20(processes20::Arguments),
     /// Texts a second, against sentence-transformers.
     Throughput(throughput::Arguments),
+    /// Texts a second and single texts, against sentence-transformers, ONNX Runtime, OpenVINO and fastembed.
+    Peers(peers::Arguments),
     /// A worker process; started by the others.
     #[command(hide = true)]
     Worker(worker::Arguments),
@@ -67,6 +70,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Lane(lane) => lane::run(lane)?,
         Bench::Processes20(processes) => processes20::run(processes)?,
         Bench::Throughput(throughput) => throughput::run(throughput)?,
+        Bench::Peers(peers) => peers::run(peers)?,
         Bench::Worker(worker) => return worker::run(worker, since_main),
         Bench::RingPeer(peer) => return ring::run_peer(peer),
     };
