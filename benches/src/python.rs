@@ -8,6 +8,8 @@ use std::process::{Command, Stdio};
 
 /// Which Python to use.
 #[derive(Debug, clap::Args)]
+// Those who flatten it have a group of that name.
+#[group(skip)]
 pub(crate) struct Arguments {
     /// A Python that has sentence-transformers; see benches/peers/install.sh [default: that script's environment, else
     /// the peer is left out]

@@ -65,6 +65,19 @@ pub(crate) enum Backing {
     PosixShm,
 }
 
+/// Precision of a model's matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Precision {
+    /// Single precision: the vectors of sentence-transformers
+    F32,
+    /// bfloat16: half the memory, cosine above 0.9999
+    Bf16,
+    /// 8-bit integers: a quarter of the memory, cosine above 0.995
+    Int8,
+    /// bf16 where this CPU has instructions for it, else f32
+    Auto,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     /// Model for clients that name none: id or folder
@@ -81,6 +94,9 @@ pub(crate) struct ServeArgs {
     /// What images lie in
     #[arg(long, value_enum, default_value = "memfd")]
     pub(crate) backing: Backing,
+    /// Precision of models that are asked for without one; a model's name may end in `:f32`, `:bf16`, `:int8` or `:auto`
+    #[arg(long, value_enum, env = "MODELBROKER_PRECISION", hide_env_values = true, default_value = "f32")]
+    pub(crate) precision: Precision,
     /// Compute threads of the engine [default: the cores that this process may use]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -316,6 +332,9 @@ pub(crate) struct LoadModelArgs {
     /// Model id or folder
     #[arg(long)]
     pub(crate) model: String,
+    /// Precision when the model's name has none
+    #[arg(long, value_enum, default_value = "f32")]
+    pub(crate) precision: Precision,
     /// What the image shall lie in
     #[arg(long, value_enum)]
     pub(crate) backing: Backing,

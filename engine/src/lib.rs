@@ -14,11 +14,13 @@ pub mod config;
 mod json;
 mod kernel;
 pub mod model;
+mod packing;
 mod threads;
 mod verify;
 pub mod wordpiece;
 
 pub use compile::{CompileError, CompileOptions, CompileProgress, CompileSummary, ImageSink, compile_folder};
+pub use kernel::has_native_bf16;
 pub use model::{Embeddings, EncodedText, Model, ModelError, ModelInfo};
 pub use threads::{ThreadsError, set_threads, threads};
 pub use verify::{VerifyError, verify_image};

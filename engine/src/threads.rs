@@ -1,6 +1,6 @@
 //! The one thread pool that models compute on, sized once per process. What runs on it lives elsewhere.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Most threads that may be asked for.
 const MAX_THREADS: usize = 1024;
@@ -52,6 +52,16 @@ impl Threads {
             .build()
             .map_err(|error| ThreadsError::Start { reason: error.to_string() })?;
         Ok(Threads { count, pool: Some(pool) })
+    }
+
+    /// As [`Threads::run`], but no other call of this does anything meanwhile on these threads: for work whose threads wait
+    /// for each other, and so that models together use one budget of threads.
+    pub(crate) fn run_alone<R: Send>(&self, many: bool, work: impl FnOnce(usize) -> R + Send) -> R {
+        // Taken on the caller's thread: a thread of the pool that waited here would be missing in the team it waits for.
+        static AT_WORK: Mutex<()> = Mutex::new(());
+        let _at_work =
+            (many && self.pool.is_some()).then(|| AT_WORK.lock().unwrap_or_else(PoisonError::into_inner));
+        self.run(many, work)
     }
 
     /// Runs `work` with up to `count` threads at hand; on the caller's thread when one is enough.

@@ -5,8 +5,9 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert::{BertModel, Config};
-use common::{CHECKPOINTS, borrow, copy, expected, model, stored, texts};
+use common::{CHECKPOINTS, borrow, copy, expected, model, model_in, stored, texts};
 use engine::ModelError;
+use engine::compile::Precision;
 use proptest::prelude::*;
 
 #[test]
@@ -25,9 +26,27 @@ fn vectors_are_those_of_sentence_transformers() {
 }
 
 #[test]
-fn a_text_gives_the_same_bits_alone_and_in_any_batch() {
+fn lower_precisions_stay_close() {
     for name in CHECKPOINTS {
-        let model = model(name);
+        let texts = texts(name);
+        let exact = model(name).embed(&borrow(&texts)).expect("embeds");
+        for (precision, least_cosine) in [(Precision::Bf16, 0.9995), (Precision::Int8, 0.99)] {
+            let model = model_in(name, precision);
+            assert_eq!(model.info().precision, precision);
+            let vectors = model.embed(&borrow(&texts)).expect("embeds");
+            for (index, (found, wanted)) in vectors.rows().zip(exact.rows()).enumerate() {
+                let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+                let cosine = dot(found, wanted) / (dot(found, found) * dot(wanted, wanted)).sqrt();
+                assert!(cosine >= least_cosine, "{name} {precision:?}, text {index}: cosine {cosine}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_text_gives_the_same_bits_alone_and_in_any_batch() {
+    for (name, precision) in CHECKPOINTS.into_iter().flat_map(|name| Precision::ALL.map(|p| (name, p))) {
+        let model = model_in(name, precision);
         let texts = texts(name);
         // Enough copies for several sub-batches.
         let many: Vec<&str> = borrow(&texts).into_iter().cycle().take(150).collect();

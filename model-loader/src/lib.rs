@@ -13,8 +13,10 @@
 mod error;
 mod key;
 mod load;
+mod precision;
 mod process;
 
 pub use error::LoadError;
 pub use load::{LoadRequest, LoadedImage, load_image};
+pub use precision::{PrecisionChoice, split_precision};
 pub use process::run;

@@ -2,6 +2,8 @@
 
 use crate::error::LoadError;
 use crate::key::{image_key, readable};
+use crate::precision::{PrecisionChoice, id_with, split_precision};
+use engine::compile::Precision;
 use engine::{CompileOptions, CompileProgress, ImageSink, compile_folder, verify_image};
 use model_source::{ModelRef, Progress, ResolvedModel, SourceOptions, resolve};
 use shm_layout::wire::LoadProgress;
@@ -20,8 +22,10 @@ const IMAGES_FOLDER: &str = "images";
 /// What to load and how.
 #[derive(Debug, Clone)]
 pub struct LoadRequest {
-    /// Model id, alias, or folder.
+    /// Model id, alias, or folder; `:f32`, `:bf16`, `:int8` or `:auto` behind it names the precision.
     pub reference: String,
+    /// The precision when the reference names none.
+    pub precision: PrecisionChoice,
     /// What the image shall lie in.
     pub backing: BackingKind,
     /// Where models are looked for, and the cache folder that compiled images go into as well.
@@ -31,7 +35,7 @@ pub struct LoadRequest {
 /// A model that is ready to be handed out.
 #[derive(Debug)]
 pub struct LoadedImage {
-    /// Canonical id.
+    /// Canonical id; with the precision behind a colon, unless it is f32 and that is the default.
     pub model_id: String,
     /// The image; its content hash was checked on exactly these bytes.
     pub image: PublishedImage,
@@ -50,12 +54,15 @@ pub fn load_image(
     request: &LoadRequest,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedImage, LoadError> {
-    let reference = ModelRef::parse(&request.reference)?;
-    let model = resolve(
+    let (name, choice) = split_precision(&request.reference);
+    let reference = ModelRef::parse(name)?;
+    let precision = choice.unwrap_or(request.precision).resolve();
+    let mut model = resolve(
         &reference,
         &request.source,
         &mut Downloads { progress, stage: String::new(), done: 0, total: 0 },
     )?;
+    model.id = id_with(&model.id, precision, request.precision.resolve());
     let key = image_key(&model.id, &model.folder)?;
     let memory: Option<Box<dyn ImageBacking>> = match request.backing {
         BackingKind::SealedMemfd => Some(Box::new(SealedMemfd)),
@@ -64,7 +71,7 @@ pub fn load_image(
     };
     let images = match ImageFile::open(&request.source.cache_dir.join(IMAGES_FOLDER)) {
         Ok(images) => images,
-        Err(error) => return without_cache(&model, &key, memory, error, progress),
+        Err(error) => return without_cache(&model, precision, &key, memory, error, progress),
     };
     if let Some(image) = cached(&images, &key, memory.as_deref(), progress)? {
         return Ok(LoadedImage { model_id: model.id, image, from_cache: true });
@@ -74,9 +81,11 @@ pub fn load_image(
     if let Some(image) = cached(&images, &key, memory.as_deref(), progress)? {
         return Ok(LoadedImage { model_id: model.id, image, from_cache: true });
     }
-    let file = match compile(&model, &images, &key, progress) {
+    let file = match compile(&model, precision, &images, &key, progress) {
         Ok(file) => file,
-        Err(error) if is_storage(&error) => return without_cache(&model, &key, memory, error, progress),
+        Err(error) if is_storage(&error) => {
+            return without_cache(&model, precision, &key, memory, error, progress);
+        }
         Err(error) => return Err(error),
     };
     clear_older(&images, &model.id, &key);
@@ -121,6 +130,7 @@ fn cached(
 /// Compiles straight into memory because the cache folder is not usable; the next start will compile again.
 fn without_cache(
     model: &ResolvedModel,
+    precision: Precision,
     key: &ImageKey,
     memory: Option<Box<dyn ImageBacking>>,
     reason: impl Into<LoadError>,
@@ -129,7 +139,7 @@ fn without_cache(
     let reason = reason.into();
     let Some(memory) = memory else { return Err(reason) };
     tracing::warn!(%reason, "the cache of compiled images is not usable; compiling into memory only");
-    let image = compile(model, memory.as_ref(), key, progress)?;
+    let image = compile(model, precision, memory.as_ref(), key, progress)?;
     check(&image, progress).map_err(|source| LoadError::Damaged { model_id: model.id.clone(), source })?;
     Ok(LoadedImage { model_id: model.id.clone(), image, from_cache: false })
 }
@@ -183,6 +193,7 @@ impl ImageSink for Sink<'_> {
 
 fn compile(
     model: &ResolvedModel,
+    precision: Precision,
     backing: &dyn ImageBacking,
     key: &ImageKey,
     progress: &mut dyn FnMut(LoadProgress),
@@ -190,6 +201,7 @@ fn compile(
     let options = CompileOptions {
         model_id: model.id.clone(),
         allow_symlinks_into: model.contained_in.iter().cloned().collect(),
+        precision,
     };
     let mut sink = Sink { backing, key, writer: None, failure: None };
     let mut report = |at: CompileProgress| progress(stage("compile", at.done_bytes, at.total_bytes));

@@ -131,16 +131,20 @@ impl ModelRequest {
 
     /// The name as the broker understands it, whose working folder is another one.
     pub(crate) fn resolved_name(&self) -> String {
-        let path = std::path::Path::new(&self.name);
-        if !self.name.is_empty()
-            && path.is_relative()
-            && path.is_dir()
-            && let Some(absolute) =
-                std::path::absolute(path).ok().and_then(|path| path.into_os_string().into_string().ok())
-        {
-            return absolute;
+        let is_folder = |name: &str| {
+            let path = std::path::Path::new(name);
+            !name.is_empty() && path.is_relative() && path.is_dir()
+        };
+        // A precision may follow the folder's name: `models/mine:int8`.
+        let folder = match self.name.rsplit_once(':') {
+            _ if is_folder(&self.name) => &self.name,
+            Some((folder, _)) if is_folder(folder) => folder,
+            _ => return self.name.clone(),
+        };
+        match std::path::absolute(folder).map(|path| path.into_os_string().into_string()) {
+            Ok(Ok(absolute)) => absolute + &self.name[folder.len()..],
+            _ => self.name.clone(),
         }
-        self.name.clone()
     }
 
     pub(crate) fn check(&self) -> Result<(), SdkError> {

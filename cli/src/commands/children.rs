@@ -29,6 +29,11 @@ pub(super) fn load_model(args: LoadModelArgs) -> Result<(), Failure> {
     let link = take_inherited(args.link_fd).map_err(failed)?;
     let mut source = SourceOptions::from_env().map_err(failed)?;
     source.cache_dir = args.cache_dir;
-    let request = LoadRequest { reference: args.model, backing: args.backing.into(), source };
+    let request = LoadRequest {
+        reference: args.model,
+        precision: args.precision.into(),
+        backing: args.backing.into(),
+        source,
+    };
     if model_loader::run(link, &request).map_err(failed)? { Ok(()) } else { Err(Failure::told(Exit::Model)) }
 }

@@ -12,7 +12,7 @@ use crate::args::DemoArgs;
 use crate::failure::{Exit, Failure};
 use crate::terminal;
 use memory::{LiveWorkers, ProcessMemory, Way, Workers};
-use model_loader::{LoadRequest, load_image};
+use model_loader::{LoadRequest, PrecisionChoice, load_image};
 use model_source::SourceOptions;
 use report::{Group, Outcome};
 use shm_os::image_backing::BackingKind;
@@ -152,7 +152,12 @@ fn common(client: &Client) -> Result<Vec<(&'static str, ProcessMemory)>, Failure
 fn compiled_image(model: &str) -> Result<PathBuf, Failure> {
     let failed = |e: &dyn std::fmt::Display| Failure::new(Exit::Model, e.to_string());
     let source = SourceOptions::from_env().map_err(|e| failed(&e))?;
-    let request = LoadRequest { reference: model.to_owned(), backing: BackingKind::ImageFile, source };
+    let request = LoadRequest {
+        reference: model.to_owned(),
+        precision: PrecisionChoice::default(),
+        backing: BackingKind::ImageFile,
+        source,
+    };
     let loaded = load_image(&request, &mut |_| {}).map_err(|e| failed(&e))?;
     loaded.image.path.ok_or_else(|| failed(&"the compiled image is in no file"))
 }

@@ -74,9 +74,11 @@ fn lease(client: &Client, name: &str, route: RouteArg) -> Result<Model, Failure>
 /// A model name as the broker understands it: a folder is named by its absolute path, since the broker has another
 /// working directory.
 fn model_name(name: &str) -> String {
-    let is_path = name.starts_with(['.', '/', '~']) || std::path::Path::new(name).is_dir();
-    match (is_path, std::fs::canonicalize(name)) {
-        (true, Ok(path)) => path.to_string_lossy().into_owned(),
+    let (model, _) = model_loader::split_precision(name);
+    let is_path = model.starts_with(['.', '/', '~']) || std::path::Path::new(model).is_dir();
+    match (is_path, std::fs::canonicalize(model)) {
+        // With the precision that stood behind it.
+        (true, Ok(path)) => path.to_string_lossy().into_owned() + &name[model.len()..],
         _ => name.to_owned(),
     }
 }

@@ -1,9 +1,10 @@
 //! `serve`: the broker in the foreground.
 
-use crate::args::{Backing, ServeArgs};
+use crate::args::{Backing, Precision, ServeArgs};
 use crate::failure::{Exit, Failure};
 use crate::logging;
 use broker::BrokerConfig;
+use model_loader::PrecisionChoice;
 use shm_layout::wire::BackingKind;
 use std::ffi::OsString;
 use std::fs::File;
@@ -17,6 +18,17 @@ impl From<Backing> for BackingKind {
             Backing::Memfd => BackingKind::SealedMemfd,
             Backing::File => BackingKind::ImageFile,
             Backing::PosixShm => BackingKind::PosixShm,
+        }
+    }
+}
+
+impl From<Precision> for PrecisionChoice {
+    fn from(precision: Precision) -> PrecisionChoice {
+        match precision {
+            Precision::F32 => PrecisionChoice::F32,
+            Precision::Bf16 => PrecisionChoice::Bf16,
+            Precision::Int8 => PrecisionChoice::Int8,
+            Precision::Auto => PrecisionChoice::Auto,
         }
     }
 }
@@ -39,7 +51,12 @@ pub(super) fn run(socket: Option<PathBuf>, args: ServeArgs) -> Result<(), Failur
     if args.inspectable {
         engine.push("--inspectable".into());
     }
-    let loader = vec![program, "load-model".into()];
+    let loader = vec![
+        program,
+        "load-model".into(),
+        "--precision".into(),
+        PrecisionChoice::from(args.precision).name().into(),
+    ];
     let mut config = BrokerConfig::new(socket, cache_dir, super::model_name(&args.model), engine, loader);
     config.backing = args.backing.into();
     config.idle_exit = args.idle_exit.map(Duration::from_secs);

@@ -20,6 +20,7 @@ use crate::model::TextEncoder;
 use checkpoint::Checkpoint;
 use folder::ModelFolder;
 use sentence::SentenceSettings;
+pub use shm_layout::image::Precision;
 use shm_layout::image::{Pooling, SectionKind};
 use std::fs::File;
 use std::io;
@@ -30,13 +31,21 @@ use std::path::{Path, PathBuf};
 pub const MAX_MODEL_ID_BYTES: usize = 256;
 
 /// What to compile, besides the folder.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct CompileOptions {
     /// The id under which the model is known, written into the image. 1 to [`MAX_MODEL_ID_BYTES`] bytes, no control characters.
     pub model_id: String,
     /// Folders outside the model folder that symbolic links in it may lead into. The `blobs` folder of a Hugging Face cache
     /// snapshot is allowed without being named.
     pub allow_symlinks_into: Vec<PathBuf>,
+    /// Precision of the matrices in the image.
+    pub precision: Precision,
+}
+
+impl Default for CompileOptions {
+    fn default() -> Self {
+        CompileOptions { model_id: String::new(), allow_symlinks_into: Vec::new(), precision: Precision::F32 }
+    }
 }
 
 /// How far compiling is; reported after every write.
@@ -142,7 +151,7 @@ pub fn compile_folder(
         "give the folder of a Hugging Face model, the one that holds config.json",
     )?;
     let config = EncoderConfig::from_json(&config_json)?;
-    let header = header_settings(&config, &settings)?;
+    let header = header_settings(&config, &settings, options.precision)?;
     let tokenizer = required(
         &mut folder,
         format!("{prefix}tokenizer.json"),
@@ -155,7 +164,7 @@ pub fn compile_folder(
     TextEncoder::new(&tokenizer, &config, header.max_seq_tokens as usize, header.lower_case)
         .map_err(|error| CompileError::Tokenizer { reason: error.to_string() })?;
     let checkpoint = Checkpoint::open(&mut folder, &prefix)?;
-    let tensors = plan::tensors(&config, &checkpoint)?;
+    let tensors = plan::tensors(&config, &checkpoint, options.precision)?;
     let mut sections = vec![
         (SectionKind::ModelId, options.model_id.clone().into_bytes()),
         (SectionKind::Config, config_json),
@@ -206,6 +215,7 @@ fn required(
 fn header_settings(
     config: &EncoderConfig,
     settings: &SentenceSettings,
+    precision: Precision,
 ) -> Result<plan::Settings, CompileError> {
     let bad =
         |name: &str, reason: String| CompileError::SentenceTransformers { name: name.to_owned(), reason };
@@ -227,5 +237,6 @@ fn header_settings(
         normalize: settings.normalize,
         lower_case: settings.lower_case,
         max_seq_tokens: max_seq_tokens as u32,
+        precision,
     })
 }

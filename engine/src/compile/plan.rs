@@ -4,6 +4,7 @@ use super::checkpoint::{Checkpoint, SourceTensor};
 use super::error::CompileError;
 use crate::config::EncoderConfig;
 use crate::json::shorten;
+use crate::packing::{MAX_INT8_INPUTS, Packing};
 use shm_layout::image::{
     DType, Family, HEADER_BYTES, HeaderValues, Isa, MAX_IMAGE_BYTES, MAX_SECTION_BYTES, MAX_TENSORS,
     PAGE_ALIGN_BYTES, Pooling, Precision, SECTION_ENTRY_BYTES, SectionEntry, SectionKind, TENSOR_ENTRY_BYTES,
@@ -21,9 +22,12 @@ const UNUSED: [&str; 6] =
 pub(crate) enum Make {
     /// The sources one behind the other, unchanged.
     Concat,
-    /// The sources stacked by rows and then transposed: `[out, in]` matrices become one `[in, out]` matrix, the order in
-    /// which the multiplication reads it.
-    Transpose,
+    /// The sources stacked by rows, `[out, in]` in all, packed into panels: see [`crate::packing`].
+    Pack(Precision),
+    /// Of each row of the stacked sources the scale of its int8 weights.
+    Scales,
+    /// Of each row of the stacked sources the sum of its int8 weights, times their scale.
+    Sums,
 }
 
 /// One tensor of the image to be.
@@ -31,6 +35,8 @@ pub(crate) enum Make {
 pub(crate) struct PlannedTensor {
     /// Name in the image.
     pub(crate) name: String,
+    /// Type of its elements in the image.
+    pub(crate) dtype: DType,
     /// Shape in the image.
     pub(crate) shape: Vec<u64>,
     /// How it is made.
@@ -44,7 +50,7 @@ pub(crate) struct PlannedTensor {
 impl PlannedTensor {
     /// Length in the image, bytes.
     pub(crate) fn len_bytes(&self) -> u64 {
-        self.shape.iter().product::<u64>() * DType::F32.size_bytes()
+        self.shape.iter().product::<u64>() * self.dtype.size_bytes()
     }
 }
 
@@ -70,12 +76,15 @@ pub(crate) struct Settings {
     pub(crate) lower_case: bool,
     /// Longest sequence in tokens.
     pub(crate) max_seq_tokens: u32,
+    /// Precision of the matrices.
+    pub(crate) precision: Precision,
 }
 
 /// Finds the tensors of an encoder in a checkpoint.
 struct Finder<'a> {
     checkpoint: &'a Checkpoint,
     prefix: &'static str,
+    precision: Precision,
     used: Vec<String>,
     planned: Vec<PlannedTensor>,
 }
@@ -106,11 +115,12 @@ impl Finder<'_> {
             found.push((full, tensor));
         }
         let rows = each[0] * sources.len() as u64;
-        let shape = match make {
-            Make::Concat => std::iter::once(rows).chain(each[1..].iter().copied()).collect(),
-            Make::Transpose => vec![each[1], rows],
+        let (dtype, shape) = match make {
+            Make::Concat => (DType::F32, std::iter::once(rows).chain(each[1..].iter().copied()).collect()),
+            Make::Pack(precision) => (precision.dtype(), precision.matrix_shape(each[1], rows).to_vec()),
+            Make::Scales | Make::Sums => (DType::F32, vec![rows]),
         };
-        self.planned.push(PlannedTensor { name, shape, make, sources: found, offset: 0 });
+        self.planned.push(PlannedTensor { name, dtype, shape, make, sources: found, offset: 0 });
         Ok(())
     }
 
@@ -138,7 +148,15 @@ impl Finder<'_> {
         let named =
             |suffix: &str| sources.iter().map(|source| format!("{source}.{suffix}")).collect::<Vec<_>>();
         let (output, input) = (output as u64, input as u64);
-        self.add(format!("{name}.weight"), Make::Transpose, &named("weight"), &[output, input])?;
+        if self.precision == Precision::Int8 && input > MAX_INT8_INPUTS {
+            return Err(CompileError::TooLarge { reason: "number of inputs of an int8 layer" });
+        }
+        let each = [output, input];
+        self.add(format!("{name}.weight"), Make::Pack(self.precision), &named("weight"), &each)?;
+        if self.precision == Precision::Int8 {
+            self.add(format!("{name}.scales"), Make::Scales, &named("weight"), &each)?;
+            self.add(format!("{name}.sums"), Make::Sums, &named("weight"), &each)?;
+        }
         self.add(format!("{name}.bias"), Make::Concat, &named("bias"), &[output])
     }
 
@@ -215,12 +233,13 @@ impl Finder<'_> {
 pub(crate) fn tensors(
     config: &EncoderConfig,
     checkpoint: &Checkpoint,
+    precision: Precision,
 ) -> Result<Vec<PlannedTensor>, CompileError> {
     let has = |prefix: &&str| {
         checkpoint.tensors.contains_key(&format!("{prefix}embeddings.word_embeddings.weight"))
     };
     let prefix = PREFIXES.into_iter().find(has).unwrap_or("");
-    let mut finder = Finder { checkpoint, prefix, used: Vec::new(), planned: Vec::new() };
+    let mut finder = Finder { checkpoint, prefix, precision, used: Vec::new(), planned: Vec::new() };
     finder.encoder(config)?;
     finder.check_extra(config.family)?;
     Ok(finder.planned)
@@ -272,7 +291,7 @@ pub(crate) fn layout(
         let entry = TensorEntry {
             name_offset,
             name_bytes: tensor.name.len() as u32,
-            dtype: DType::F32 as u32,
+            dtype: tensor.dtype as u32,
             rank: tensor.shape.len() as u32,
             shape,
             data_offset: tensor.offset,
@@ -285,7 +304,7 @@ pub(crate) fn layout(
         total_bytes: end,
         content_hash: [0; 32],
         family: config.family,
-        precision: Precision::F32,
+        precision: settings.precision,
         isa: Isa::Any,
         pooling: settings.pooling,
         normalize: settings.normalize,

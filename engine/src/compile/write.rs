@@ -4,6 +4,7 @@ use super::checkpoint::Checkpoint;
 use super::error::CompileError;
 use super::plan::{Make, Plan, PlannedTensor};
 use super::{CompileProgress, ImageSink};
+use crate::packing::{PANEL_COLUMNS, Precision, pack_panel, weight_scale, weight_sum};
 use half::{bf16, f16};
 use shm_layout::image::content_hash_range;
 
@@ -64,7 +65,9 @@ pub(crate) fn write(
         stream.pad_to(tensor.offset)?;
         match tensor.make {
             Make::Concat => concat(tensor, checkpoint, &mut stream)?,
-            Make::Transpose => transpose(tensor, checkpoint, &mut stream)?,
+            Make::Pack(precision) => pack(tensor, precision, checkpoint, &mut stream)?,
+            Make::Scales => of_rows(tensor, checkpoint, &mut stream, weight_scale)?,
+            Make::Sums => of_rows(tensor, checkpoint, &mut stream, weight_sum)?,
         }
     }
     let hash = *stream.hasher.finalize().as_bytes();
@@ -136,42 +139,58 @@ fn concat(
     Ok(())
 }
 
-/// Writes `[input, outputs of all sources]`, a block of input columns at a time, so that a block stays in memory.
-fn transpose(
+/// Hands `[rows, inputs]` blocks of at most [`PANEL_COLUMNS`] rows of the stacked sources to `take`, in order.
+fn for_row_blocks(
     tensor: &PlannedTensor,
+    checkpoint: &Checkpoint,
+    mut take: impl FnMut(&[f32], usize) -> Result<(), CompileError>,
+) -> Result<(), CompileError> {
+    let mut raw = Vec::new();
+    let mut block: Vec<f32> = Vec::new();
+    for (index, (name, source)) in tensor.sources.iter().enumerate() {
+        let size = source_size(&source.dtype);
+        let (rows, inputs) = (source.shape[0] as usize, source.shape[1] as usize);
+        let mut row = 0;
+        while row < rows {
+            // A block may span two sources, so it is filled up before it is handed out.
+            let count = (PANEL_COLUMNS - block.len() / inputs).min(rows - row);
+            raw.resize(count * inputs * size, 0);
+            checkpoint.files[source.file].read_at(&mut raw, source.offset + (row * inputs * size) as u64)?;
+            convert(&source.dtype, &raw, name, |_, value| block.push(value))?;
+            row += count;
+            let last = index + 1 == tensor.sources.len() && row == rows;
+            if block.len() == PANEL_COLUMNS * inputs || last {
+                take(&block, inputs)?;
+                block.clear();
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes the panels of the stacked sources.
+fn pack(
+    tensor: &PlannedTensor,
+    precision: Precision,
     checkpoint: &Checkpoint,
     stream: &mut Stream<'_>,
 ) -> Result<(), CompileError> {
-    let (inputs, outputs) = (tensor.shape[0] as usize, tensor.shape[1] as usize);
-    let block_inputs = ((BLOCK_BYTES / 4) as usize / outputs).clamp(1, inputs);
-    let mut out: Vec<u8> = Vec::new();
-    let mut raw = Vec::new();
-    let mut first = 0;
-    while first < inputs {
-        let count = block_inputs.min(inputs - first);
-        out.resize(count * outputs * 4, 0);
-        let mut column = 0;
-        for (name, source) in &tensor.sources {
-            let size = source_size(&source.dtype);
-            let rows = source.shape[0] as usize;
-            // Whole rows lie one behind the other: many at once. Parts of rows are read one by one.
-            let rows_at_once = if count == inputs { ((1 << 20) / (inputs * size)).clamp(1, rows) } else { 1 };
-            let mut row = 0;
-            while row < rows {
-                let batch = rows_at_once.min(rows - row);
-                raw.resize(batch * count * size, 0);
-                let offset = source.offset + ((row * inputs + first) * size) as u64;
-                checkpoint.files[source.file].read_at(&mut raw, offset)?;
-                convert(&source.dtype, &raw, name, |index, value| {
-                    let at = 4 * ((index % count) * outputs + column + row + index / count);
-                    out[at..at + 4].copy_from_slice(&value.to_le_bytes());
-                })?;
-                row += batch;
-            }
-            column += rows;
-        }
-        stream.write(&out)?;
-        first += count;
-    }
-    Ok(())
+    let mut panel = Vec::new();
+    for_row_blocks(tensor, checkpoint, |rows, inputs| {
+        pack_panel(precision, rows, inputs, &mut panel);
+        stream.write(&panel)
+    })
+}
+
+/// Writes one number for each row of the stacked sources.
+fn of_rows(
+    tensor: &PlannedTensor,
+    checkpoint: &Checkpoint,
+    stream: &mut Stream<'_>,
+    number: impl Fn(&[f32]) -> f32,
+) -> Result<(), CompileError> {
+    for_row_blocks(tensor, checkpoint, |rows, inputs| {
+        let bytes: Vec<u8> = rows.chunks_exact(inputs).flat_map(|row| number(row).to_le_bytes()).collect();
+        stream.write(&bytes)
+    })
 }

@@ -1,22 +1,30 @@
 //! Kernels: weights read where they lie, and the loops that compute. The only `unsafe` of this crate lives below here; no
-//! model knowledge, no allocation of weights.
+//! tokenizer, no files, no allocation of weights.
 //!
 //! Every kernel's result for a row depends on that row alone, never on how many rows there are or on the number of
 //! threads, so a text's vector is the same bit for bit alone and in any batch (on one CPU path).
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod cpu;
-mod matmul;
-mod rows;
+mod encoder;
+mod product;
+mod product_bf16;
+mod product_f32;
+mod product_int8;
+mod scratch;
+mod team;
 mod vector;
 mod weights;
 
-pub(crate) use attention::{AttentionShape, attention};
+pub(crate) use attention::AttentionShape;
+pub use cpu::has_native_bf16;
 pub(crate) use cpu::path_name;
-pub(crate) use matmul::matmul;
-pub(crate) use rows::par_rows;
-pub(crate) use vector::{
-    activate_rows, add_bias_rows, add_norm_row, embed_row, max_row, scale_row, sum_row, unit_row,
+pub(crate) use encoder::{
+    EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, encode,
+    release_all_scratch,
 };
+pub(crate) use vector::{max_row, scale_row, sum_row, unit_row};
 pub(crate) use weights::WeightSlice;

@@ -2,6 +2,7 @@
 
 use super::cpu::{CpuPath, path};
 use crate::config::Activation;
+use crate::packing::PANEL_COLUMNS;
 
 /// Floats that one step of a loop handles; sums keep this many partial sums whatever the CPU's width.
 const LANES: usize = 16;
@@ -24,11 +25,42 @@ macro_rules! per_cpu {
             match path() {
                 // SAFETY: `path` found these features on this CPU.
                 #[cfg(target_arch = "x86_64")]
-                CpuPath::Avx512 => unsafe { avx512($($argument),*) },
+                CpuPath::Avx512 | CpuPath::Avx512Vnni | CpuPath::Amx => unsafe { avx512($($argument),*) },
                 // SAFETY: `path` found these features on this CPU.
                 #[cfg(target_arch = "x86_64")]
                 CpuPath::Avx2 => unsafe { avx2($($argument),*) },
                 _ => $body::<false>($($argument),*),
+            }
+        }
+    };
+}
+
+/// As [`per_cpu`], for bodies that are unsafe to call.
+macro_rules! per_cpu_unsafe {
+    ($(#[$doc:meta])* $visibility:vis unsafe fn $name:ident($($argument:ident: $kind:ty),* $(,)?) = $body:ident) => {
+        $(#[$doc])*
+        $visibility unsafe fn $name($($argument: $kind),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            unsafe fn avx512($($argument: $kind),*) {
+                // SAFETY: the caller's promise.
+                unsafe { $body::<true>($($argument),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            unsafe fn avx2($($argument: $kind),*) {
+                // SAFETY: the caller's promise.
+                unsafe { $body::<true>($($argument),*) }
+            }
+            // SAFETY: the caller's promise; and `path` found the features on this CPU.
+            unsafe {
+                match path() {
+                    #[cfg(target_arch = "x86_64")]
+                    CpuPath::Avx512 | CpuPath::Avx512Vnni | CpuPath::Amx => avx512($($argument),*),
+                    #[cfg(target_arch = "x86_64")]
+                    CpuPath::Avx2 => avx2($($argument),*),
+                    _ => $body::<false>($($argument),*),
+                }
             }
         }
     };
@@ -43,10 +75,9 @@ fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 /// e^x for x at most 0 up to about 88, to 2 units in the last place; 0 below -87.
 #[inline(always)]
 fn exp<const FMA: bool>(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer in the low bits
     let x = x.clamp(-87.0, 88.0);
-    let shifted = fma::<FMA>(x, std::f32::consts::LOG2_E, MAGIC);
-    let n = shifted - MAGIC;
+    let shifted = fma::<FMA>(x, std::f32::consts::LOG2_E, ROUNDING);
+    let n = shifted - ROUNDING;
     let r = fma::<FMA>(n, -0.693_359_4, x);
     let r = fma::<FMA>(n, 2.121_944_4e-4, r);
     let mut p = 1.987_569_1e-4;
@@ -54,7 +85,7 @@ fn exp<const FMA: bool>(x: f32) -> f32 {
         p = fma::<FMA>(p, r, c);
     }
     let p = fma::<FMA>(p, r * r, r) + 1.0;
-    let power = (shifted.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32);
+    let power = (shifted.to_bits() as i32).wrapping_sub(ROUNDING.to_bits() as i32);
     p * f32::from_bits((power.wrapping_add(127) << 23) as u32)
 }
 
@@ -113,29 +144,187 @@ fn sum_of(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sum(lanes)
 }
 
+/// Where a tile goes: the first of its elements, and the distance of rows, both in elements of `T`.
+#[derive(Clone, Copy)]
+pub(super) struct Target<T> {
+    pub(super) start: *mut T,
+    pub(super) stride: usize,
+}
+
+impl<T> Target<T> {
+    /// # Safety
+    /// `columns` elements of `row` must be inside the target and nobody else's while the slice lives.
+    #[inline(always)]
+    unsafe fn row<'a>(self, row: usize, columns: usize) -> &'a mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), columns) }
+    }
+}
+
+/// # Safety
+/// The tile's rows, as long as `bias`, must be inside `out` and nobody else's.
 #[inline(always)]
-fn add_bias_body<const FMA: bool>(rows: &mut [f32], bias: &[f32]) {
-    for row in rows.chunks_exact_mut(bias.len()) {
-        for (value, bias) in row.iter_mut().zip(bias) {
-            *value += bias;
+unsafe fn store_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], bias: &[f32], out: Target<f32>) {
+    for (row, values) in tile.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        let out = unsafe { out.row(row, bias.len()) };
+        for ((out, value), bias) in out.iter_mut().zip(values).zip(bias) {
+            *out = value + bias;
+        }
+    }
+}
+
+/// # Safety
+/// As [`store_body`].
+#[inline(always)]
+unsafe fn add_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], bias: &[f32], out: Target<f32>) {
+    for (row, values) in tile.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        let out = unsafe { out.row(row, bias.len()) };
+        for ((out, value), bias) in out.iter_mut().zip(values).zip(bias) {
+            *out += value + bias;
         }
     }
 }
 
 #[inline(always)]
-fn activate_body<const FMA: bool>(rows: &mut [f32], bias: &[f32], activation: Activation) {
+fn activate_body<const FMA: bool>(tile: &mut [[f32; PANEL_COLUMNS]], bias: &[f32], activation: Activation) {
     #[inline(always)]
-    fn each(rows: &mut [f32], bias: &[f32], f: impl Fn(f32) -> f32) {
-        for row in rows.chunks_exact_mut(bias.len()) {
-            for (value, bias) in row.iter_mut().zip(bias) {
+    fn each(tile: &mut [[f32; PANEL_COLUMNS]], bias: &[f32], f: impl Fn(f32) -> f32) {
+        let mut padded = [0.0; PANEL_COLUMNS];
+        padded[..bias.len()].copy_from_slice(bias);
+        for row in tile {
+            for (value, bias) in row.iter_mut().zip(padded) {
                 *value = f(*value + bias);
             }
         }
     }
     match activation {
-        Activation::GeluErf => each(rows, bias, gelu_erf::<FMA>),
-        Activation::GeluTanh => each(rows, bias, gelu_tanh::<FMA>),
-        Activation::Relu => each(rows, bias, |x| x.max(0.0)),
+        Activation::GeluErf => each(tile, bias, gelu_erf::<FMA>),
+        Activation::GeluTanh => each(tile, bias, gelu_tanh::<FMA>),
+        Activation::Relu => each(tile, bias, |x| x.max(0.0)),
+    }
+}
+
+/// # Safety
+/// The first `columns` of the tile's rows must be inside `out` and nobody else's.
+#[inline(always)]
+unsafe fn copy_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], columns: usize, out: Target<f32>) {
+    for (row, values) in tile.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { out.row(row, columns) }.copy_from_slice(&values[..columns]);
+    }
+}
+
+/// # Safety
+/// As [`copy_body`].
+#[inline(always)]
+unsafe fn copy_bf16_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], columns: usize, out: Target<u16>) {
+    for (row, values) in tile.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        let out = unsafe { out.row(row, columns) };
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = bf16(*value);
+        }
+    }
+}
+
+/// The nearest bf16, ties to even; the upper half of the f32's bits. NaN stays NaN when it is a quiet one.
+#[inline(always)]
+fn bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}
+
+#[inline(always)]
+fn to_bf16_body<const FMA: bool>(row: &[f32], out: &mut [u16]) {
+    for (out, value) in out.iter_mut().zip(row) {
+        *out = bf16(*value);
+    }
+}
+
+#[inline(always)]
+fn pair_rows_body<const FMA: bool>(out: &mut [u32], even: &[f32], odd: &[f32]) {
+    out.fill(0);
+    for (out, value) in out.iter_mut().zip(even) {
+        *out = u32::from(bf16(*value));
+    }
+    for (out, value) in out.iter_mut().zip(odd) {
+        *out |= u32::from(bf16(*value)) << 16;
+    }
+}
+
+/// # Safety
+/// `rows` rows of `out.len() / 32` words at `source`, `stride_bytes` apart, must be readable.
+#[inline(always)]
+unsafe fn transpose_body<const FMA: bool>(
+    out: &mut [u32],
+    source: *const u8,
+    stride_bytes: usize,
+    rows: usize,
+) {
+    let (out, _) = out.as_chunks_mut::<PANEL_COLUMNS>();
+    if rows == PANEL_COLUMNS {
+        for (column, out) in out.iter_mut().enumerate() {
+            for (row, out) in out.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *out = unsafe { source.add(row * stride_bytes + 4 * column).cast::<u32>().read() };
+            }
+        }
+        return;
+    }
+    for (column, out) in out.iter_mut().enumerate() {
+        for (row, out) in out[..rows].iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *out = unsafe { source.add(row * stride_bytes + 4 * column).cast::<u32>().read() };
+        }
+        out[rows..].fill(0);
+    }
+}
+
+/// Adding it rounds to an integer in the low bits: 1.5 * 2^23.
+const ROUNDING: f32 = 12_582_912.0;
+
+#[inline(always)]
+fn quantize_body<const FMA: bool>(row: &[f32], out: &mut [u8], scale_and_zero: &mut [f32; 2]) {
+    let mut low = [f32::INFINITY; LANES];
+    let mut high = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for ((low, high), value) in low.iter_mut().zip(&mut high).zip(chunk) {
+            *low = if *value < *low { *value } else { *low };
+            *high = if *value > *high { *value } else { *high };
+        }
+    }
+    for ((low, high), value) in low.iter_mut().zip(&mut high).zip(rest) {
+        *low = if *value < *low { *value } else { *low };
+        *high = if *value > *high { *value } else { *high };
+    }
+    let low = low.into_iter().fold(f32::INFINITY, f32::min);
+    let high = high.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let scale = (high - low) / 255.0;
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    for (out, value) in out.iter_mut().zip(row) {
+        *out = ((*value - low) * inverse + ROUNDING).to_bits() as u8;
+    }
+    *scale_and_zero = [scale, low];
+}
+
+#[inline(always)]
+fn dequantize_body<const FMA: bool>(
+    tile: &mut [[f32; PANEL_COLUMNS]],
+    rows: &[[f32; 2]],
+    scales: &[f32],
+    sums: &[f32],
+) {
+    let mut padded = [[0.0; PANEL_COLUMNS]; 2];
+    padded[0][..scales.len()].copy_from_slice(scales);
+    padded[1][..sums.len()].copy_from_slice(sums);
+    for (row, [scale, zero]) in tile.iter_mut().zip(rows) {
+        for ((value, weight), sum) in row.iter_mut().zip(&padded[0]).zip(&padded[1]) {
+            let product = value.to_bits() as i32 as f32;
+            *value = fma::<FMA>(product, scale * weight, zero * sum);
+        }
     }
 }
 
@@ -148,19 +337,6 @@ fn norm_body<const FMA: bool>(row: &mut [f32], weight: &[f32], bias: &[f32], eps
     for ((value, weight), bias) in row.iter_mut().zip(weight).zip(bias) {
         *value = fma::<FMA>((*value - mean) * scale, *weight, *bias);
     }
-}
-
-#[inline(always)]
-fn add_norm_body<const FMA: bool>(
-    row: &mut [f32],
-    added: &[f32],
-    added_bias: &[f32],
-    norm: (&[f32], &[f32], f32),
-) {
-    for ((value, added), bias) in row.iter_mut().zip(added).zip(added_bias) {
-        *value += added + bias;
-    }
-    norm_body::<FMA>(row, norm.0, norm.1, norm.2);
 }
 
 #[inline(always)]
@@ -228,17 +404,65 @@ fn unit_body<const FMA: bool>(row: &mut [f32]) {
     }
 }
 
-per_cpu! {
-    /// Adds `bias` to every row.
-    pub(crate) fn add_bias_rows(rows: &mut [f32], bias: &[f32]) = add_bias_body
+per_cpu_unsafe! {
+    /// `out = tile + bias`, as many columns as `bias` has.
+    ///
+    /// # Safety
+    /// These columns of the tile's rows must be inside `out` and nobody else's.
+    pub(super) unsafe fn store_biased(tile: &[[f32; PANEL_COLUMNS]], bias: &[f32], out: Target<f32>) = store_body
+}
+per_cpu_unsafe! {
+    /// `out += tile + bias`, as many columns as `bias` has.
+    ///
+    /// # Safety
+    /// As [`store_biased`].
+    pub(super) unsafe fn add_biased(tile: &[[f32; PANEL_COLUMNS]], bias: &[f32], out: Target<f32>) = add_body
 }
 per_cpu! {
-    /// Adds `bias` to every row and applies the activation.
-    pub(crate) fn activate_rows(rows: &mut [f32], bias: &[f32], activation: Activation) = activate_body
+    /// `tile = activation(tile + bias)`.
+    pub(super) fn activate(tile: &mut [[f32; PANEL_COLUMNS]], bias: &[f32], activation: Activation) = activate_body
+}
+per_cpu_unsafe! {
+    /// Copies the first `columns` of a tile.
+    ///
+    /// # Safety
+    /// As [`store_biased`].
+    pub(super) unsafe fn copy_tile(tile: &[[f32; PANEL_COLUMNS]], columns: usize, out: Target<f32>) = copy_body
+}
+per_cpu_unsafe! {
+    /// Copies the first `columns` of a tile as bf16.
+    ///
+    /// # Safety
+    /// As [`store_biased`].
+    pub(super) unsafe fn copy_tile_bf16(tile: &[[f32; PANEL_COLUMNS]], columns: usize, out: Target<u16>) = copy_bf16_body
 }
 per_cpu! {
-    /// `row = norm(row + added + added_bias)`; `norm` is weight, bias and epsilon of the layer norm.
-    pub(crate) fn add_norm_row(row: &mut [f32], added: &[f32], added_bias: &[f32], norm: (&[f32], &[f32], f32)) = add_norm_body
+    /// The nearest bf16 of each number.
+    pub(super) fn to_bf16(row: &[f32], out: &mut [u16]) = to_bf16_body
+}
+per_cpu! {
+    /// Pairs of bf16, `even` in the lower halves; zeros where a row has ended.
+    pub(super) fn pair_rows(out: &mut [u32], even: &[f32], odd: &[f32]) = pair_rows_body
+}
+per_cpu_unsafe! {
+    /// `out[column][row] = source[row][column]` for up to 32 rows, zeros behind the last.
+    ///
+    /// # Safety
+    /// `rows` rows of `out.len() / 32` words at `source`, `stride_bytes` apart, must be readable.
+    pub(super) unsafe fn transpose_words(out: &mut [u32], source: *const u8, stride_bytes: usize, rows: usize) = transpose_body
+}
+per_cpu! {
+    /// Quantises a row to 0 ..= 255: `row ≈ scale * out + zero`. Writes `[scale, zero]`.
+    pub(super) fn quantize_row(row: &[f32], out: &mut [u8], scale_and_zero: &mut [f32; 2]) = quantize_body
+}
+per_cpu! {
+    /// Integer products to numbers: `scale * scales[c] * product + zero * sums[c]`, with `[scale, zero]` of each row, and of
+    /// each column the scale and the sum of its weights times that scale.
+    pub(super) fn dequantize(tile: &mut [[f32; PANEL_COLUMNS]], rows: &[[f32; 2]], scales: &[f32], sums: &[f32]) = dequantize_body
+}
+per_cpu! {
+    /// `row = norm(row)`: weight, bias and epsilon of the layer norm.
+    pub(super) fn norm_row(row: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) = norm_body
 }
 per_cpu! {
     /// `row = norm(word + kind + position)`; `norm` is weight, bias and epsilon of the layer norm.
@@ -323,7 +547,7 @@ mod tests {
     fn norm_gives_mean_zero_and_variance_one() {
         let mut row: Vec<f32> = (0..37).map(|index| (index as f32).sin() * 5.0 + 3.0).collect();
         let zeros = vec![0.0; 37];
-        add_norm_row(&mut row, &zeros, &zeros, (&[1.0; 37], &zeros, 1e-12));
+        norm_row(&mut row, &[1.0; 37], &zeros, 1e-12);
         let mean: f32 = row.iter().sum::<f32>() / 37.0;
         let variance: f32 = row.iter().map(|x| x * x).sum::<f32>() / 37.0;
         assert!(mean.abs() < 1e-6 && (variance - 1.0).abs() < 1e-5, "{mean} {variance}");

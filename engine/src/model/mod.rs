@@ -13,24 +13,20 @@ pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 pub(crate) use tokenize::TextEncoder;
 
 use crate::config::EncoderConfig;
-use crate::kernel::path_name;
+use crate::kernel::{Lookup, path_name, release_all_scratch};
+use crate::packing::Precision;
 use crate::threads::pool;
-use network::{Network, Packed, Workspace};
-use ops::Lookup;
+use network::{Network, Packed};
 use shm_layout::image::{
     CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES,
 };
 use std::ops::Range;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 /// Most tokens that are computed at once, longer single texts apart. Bounds the memory of activations; more gains nothing.
 pub const MAX_BATCH_TOKENS: usize = 2048;
-/// Least tokens that activations are sized for.
-const MIN_WORKSPACE_TOKENS: usize = 64;
-/// Most sets of activations that a model keeps for reuse.
-const MAX_KEPT_WORKSPACES: usize = 4;
 /// Tokens from which on a batch is computed on all threads; below it waking them costs more than they save.
-const MIN_PARALLEL_TOKENS: usize = 32;
+const MIN_PARALLEL_TOKENS: usize = 8;
 /// Texts from which on tokenization is spread over all threads.
 const MIN_PARALLEL_TEXTS: usize = 8;
 /// How far the norm of a normalised vector may be from one.
@@ -59,6 +55,8 @@ pub struct ModelInfo {
     pub pooling: Pooling,
     /// Whether vectors have norm one.
     pub normalize: bool,
+    /// Precision of the matrices.
+    pub precision: Precision,
     /// Length of the image, bytes.
     pub image_bytes: u64,
     /// BLAKE3 content hash of the image.
@@ -100,7 +98,6 @@ pub struct Model {
     network: Network,
     lower_case: bool,
     text_encoder: OnceLock<Result<TextEncoder, ModelError>>,
-    workspaces: Mutex<Vec<Workspace>>,
     probe: OnceLock<Vec<f32>>,
 }
 
@@ -156,21 +153,14 @@ impl Model {
             normalize: header.normalize,
             image_bytes: header.total_bytes,
             content_hash: header.content_hash,
+            precision: header.precision,
             cpu_path: path_name(),
             fingerprint: header.fingerprint(),
         };
         let network = Network::new(&image, &checked, config)?;
         let lower_case = header.lower_case;
         drop(checked);
-        Ok(Model {
-            image,
-            info,
-            network,
-            lower_case,
-            text_encoder: OnceLock::new(),
-            workspaces: Mutex::new(Vec::new()),
-            probe: OnceLock::new(),
-        })
+        Ok(Model { image, info, network, lower_case, text_encoder: OnceLock::new(), probe: OnceLock::new() })
     }
 
     /// What the model is.
@@ -263,9 +253,10 @@ impl Model {
         if same { Ok(()) } else { Err(ModelError::Probe) }
     }
 
-    /// Gives back the memory that is kept for activations, some megabytes; the next batch allocates it again.
+    /// Gives back the memory that all models of this process keep for activations, some megabytes; the next batch allocates it
+    /// again.
     pub fn release_scratch(&self) {
-        self.workspaces.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        pool().run_alone(true, release_all_scratch);
     }
 
     fn check_encoded(&self, index: usize, text: &EncodedText) -> Result<(), ModelError> {
@@ -305,32 +296,9 @@ impl Model {
             }));
             packed.sequences.push(start..packed.tokens.len());
         }
-        let tokens = packed.tokens.len();
-        let space = self.take_workspace(tokens)?;
+        let many = packed.tokens.len() >= MIN_PARALLEL_TOKENS;
         let pooling = (self.info.pooling, self.info.normalize);
-        let result = pool().run(tokens >= MIN_PARALLEL_TOKENS, |threads| {
-            self.network.forward(&packed, &space, threads, pooling)
-        });
-        self.keep_workspace(space);
-        result
-    }
-
-    fn take_workspace(&self, tokens: usize) -> Result<Workspace, ModelError> {
-        let mut kept = self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = kept.iter().position(|space| space.tokens() >= tokens) {
-            return Ok(kept.swap_remove(index));
-        }
-        // All kept ones are too small to be of use again soon: the larger one replaces one of them.
-        kept.pop();
-        drop(kept);
-        self.network.workspace(tokens.next_power_of_two().max(MIN_WORKSPACE_TOKENS))
-    }
-
-    fn keep_workspace(&self, space: Workspace) {
-        let mut kept = self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < MAX_KEPT_WORKSPACES {
-            kept.push(space);
-        }
+        pool().run_alone(many, |threads| self.network.forward(&packed, threads, pooling))
     }
 }
 

@@ -1,13 +1,33 @@
 //! The encoder: weights found in a checked image, and the forward pass over packed texts. No tokenization, no batching policy.
 
 use super::ModelError;
-use super::ops::{AddNorm, Apply, Attend, Embed, Embeddings, Epilogue, Linear, Lookup, Norm, Pool};
+use super::ops::{Encode, Pool};
 use crate::config::EncoderConfig;
-use crate::kernel::{AttentionShape, WeightSlice};
-use candle_core::{DType, Device, Tensor};
-use shm_layout::image::{CheckedImage, Family, ImageBytes, Pooling};
+use crate::kernel::{
+    AttentionShape, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights,
+    WeightSlice,
+};
+use crate::packing::{Packing, Precision};
+use candle_core::{Device, Tensor};
+use shm_layout::image::{CheckedImage, DType, Family, ImageBytes, Pooling};
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Weight and bias of a layer norm.
+struct Norm {
+    weight: WeightSlice,
+    bias: WeightSlice,
+}
+
+/// A linear layer: packed panels, bias, and in int8 scales and sums of its outputs.
+struct Linear {
+    panels: WeightSlice,
+    bias: WeightSlice,
+    scales: Option<WeightSlice>,
+    sums: Option<WeightSlice>,
+    inputs: usize,
+    outputs: usize,
+}
 
 struct Layer {
     qkv: Linear,
@@ -18,9 +38,17 @@ struct Layer {
     output_norm: Norm,
 }
 
+struct Embeddings {
+    words: WeightSlice,
+    kinds: WeightSlice,
+    positions: WeightSlice,
+    norm: Norm,
+}
+
 /// An encoder whose weights lie in an image.
 pub(crate) struct Network {
     config: EncoderConfig,
+    precision: Precision,
     embeddings: Embeddings,
     layers: Vec<Layer>,
 }
@@ -29,25 +57,40 @@ pub(crate) struct Network {
 struct Finder<'a> {
     bytes: &'a Arc<dyn ImageBytes>,
     image: &'a CheckedImage<'a>,
-    eps: f32,
+    precision: Precision,
 }
 
 impl Finder<'_> {
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<WeightSlice, ModelError> {
+    fn tensor(&self, name: &str, dtype: DType, shape: &[u64]) -> Result<WeightSlice, ModelError> {
         let inconsistent = |what: String| ModelError::Inconsistent { what };
         let view =
             self.image.tensor(name).ok_or_else(|| inconsistent(format!("tensor {name:?} is missing")))?;
-        if !view.shape().iter().copied().eq(shape.iter().map(|size| *size as u64)) {
+        if view.shape() != shape || view.dtype != dtype {
             let found = view.shape();
-            return Err(inconsistent(format!("tensor {name:?} has shape {found:?} instead of {shape:?}")));
+            return Err(inconsistent(format!(
+                "tensor {name:?} has shape {found:?} of {:?} instead of {shape:?} of {dtype:?}",
+                view.dtype
+            )));
         }
         Ok(WeightSlice::new(self.bytes, &view))
     }
 
+    fn floats(&self, name: &str, shape: &[usize]) -> Result<WeightSlice, ModelError> {
+        let shape: Vec<u64> = shape.iter().map(|size| *size as u64).collect();
+        self.tensor(name, DType::F32, &shape)
+    }
+
     fn linear(&self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, ModelError> {
+        let per_output = |part: &str| match self.precision {
+            Precision::Int8 => self.floats(&format!("{name}.{part}"), &[outputs]).map(Some),
+            _ => Ok(None),
+        };
+        let shape = self.precision.matrix_shape(inputs as u64, outputs as u64);
         Ok(Linear {
-            weight: self.tensor(&format!("{name}.weight"), &[inputs, outputs])?,
-            bias: self.tensor(&format!("{name}.bias"), &[outputs])?,
+            panels: self.tensor(&format!("{name}.weight"), self.precision.dtype(), &shape)?,
+            bias: self.floats(&format!("{name}.bias"), &[outputs])?,
+            scales: per_output("scales")?,
+            sums: per_output("sums")?,
             inputs,
             outputs,
         })
@@ -55,9 +98,8 @@ impl Finder<'_> {
 
     fn norm(&self, name: &str, width: usize) -> Result<Norm, ModelError> {
         Ok(Norm {
-            weight: self.tensor(&format!("{name}.weight"), &[width])?,
-            bias: self.tensor(&format!("{name}.bias"), &[width])?,
-            eps: self.eps,
+            weight: self.floats(&format!("{name}.weight"), &[width])?,
+            bias: self.floats(&format!("{name}.bias"), &[width])?,
         })
     }
 
@@ -72,23 +114,6 @@ impl Finder<'_> {
             output: self.linear(&name("output"), wide, width)?,
             output_norm: self.norm(&name("output.norm"), width)?,
         })
-    }
-}
-
-/// Memory for activations, kept between calls: fresh memory for every step costs more than some of the steps.
-pub(crate) struct Workspace {
-    tokens: usize,
-    x: Tensor,
-    y: Tensor,
-    context: Tensor,
-    qkv: Tensor,
-    intermediate: Tensor,
-}
-
-impl Workspace {
-    /// Longest packed batch, tokens.
-    pub(crate) fn tokens(&self) -> usize {
-        self.tokens
     }
 }
 
@@ -109,17 +134,18 @@ impl Network {
         image: &CheckedImage<'_>,
         config: EncoderConfig,
     ) -> Result<Self, ModelError> {
-        let finder = Finder { bytes, image, eps: config.layer_norm_eps };
+        let precision = image.header().values().precision;
+        let finder = Finder { bytes, image, precision };
         let width = config.hidden_dim;
         let embeddings = Embeddings {
-            words: finder.tensor("embeddings.word_embeddings", &[config.vocab_size, width])?,
-            positions: finder.tensor("embeddings.position_embeddings", &[config.position_count, width])?,
-            types: finder.tensor("embeddings.token_type_embeddings", &[config.type_count, width])?,
+            words: finder.floats("embeddings.word_embeddings", &[config.vocab_size, width])?,
+            positions: finder.floats("embeddings.position_embeddings", &[config.position_count, width])?,
+            kinds: finder.floats("embeddings.token_type_embeddings", &[config.type_count, width])?,
             norm: finder.norm("embeddings.norm", width)?,
         };
         let layers =
             (0..config.layer_count).map(|index| finder.layer(index, &config)).collect::<Result<_, _>>()?;
-        Ok(Network { config, embeddings, layers })
+        Ok(Network { config, precision, embeddings, layers })
     }
 
     /// The encoder's numbers.
@@ -127,19 +153,40 @@ impl Network {
         &self.config
     }
 
-    /// Memory for batches of up to `tokens` tokens.
-    pub(crate) fn workspace(&self, tokens: usize) -> Result<Workspace, ModelError> {
-        let (width, wide) = (self.config.hidden_dim, self.config.intermediate_dim);
-        let zeros =
-            |columns: usize| Tensor::zeros((tokens, columns), DType::F32, &Device::Cpu).map_err(compute);
-        Ok(Workspace {
-            tokens,
-            x: zeros(width)?,
-            y: zeros(width)?,
-            context: zeros(width)?,
-            qkv: zeros(3 * width)?,
-            intermediate: zeros(wide)?,
-        })
+    /// The weights where they lie.
+    fn weights(&self) -> EncoderWeights<'_> {
+        EncoderWeights {
+            precision: self.precision,
+            shape: AttentionShape { hidden_dim: self.config.hidden_dim, head_count: self.config.head_count },
+            wide: self.config.intermediate_dim,
+            activation: self.config.activation,
+            embeddings: EmbeddingWeights {
+                words: self.embeddings.words.floats(),
+                kinds: self.embeddings.kinds.floats(),
+                positions: self.embeddings.positions.floats(),
+                norm: self.norm(&self.embeddings.norm),
+            },
+            layers: self.layers.iter().map(|layer| self.layer(layer)).collect(),
+        }
+    }
+
+    fn layer<'a>(&'a self, layer: &'a Layer) -> LayerWeights<'a> {
+        LayerWeights {
+            qkv: layer.qkv.weights(),
+            attention_output: layer.attention_output.weights(),
+            attention_norm: self.norm(&layer.attention_norm),
+            intermediate: layer.intermediate.weights(),
+            output: layer.output.weights(),
+            output_norm: self.norm(&layer.output_norm),
+        }
+    }
+
+    fn norm<'a>(&self, norm: &'a Norm) -> NormWeights<'a> {
+        NormWeights {
+            weight: norm.weight.floats(),
+            bias: norm.bias.floats(),
+            eps: self.config.layer_norm_eps,
+        }
     }
 
     /// Positions of a text's tokens: counted from the first, except that RoBERTa gives padding ids no position of their own.
@@ -160,38 +207,35 @@ impl Network {
     pub(crate) fn forward(
         &self,
         batch: &Packed,
-        space: &Workspace,
         threads: usize,
-        pooling: (Pooling, bool),
+        (modes, normalize): (Pooling, bool),
     ) -> Result<Vec<f32>, ModelError> {
-        let tokens = batch.tokens.len();
         let width = self.config.hidden_dim;
         let sequences = batch.sequences.as_slice();
-        let shape = AttentionShape { hidden_dim: width, head_count: self.config.head_count };
+        let weights = self.weights();
         let run = || {
-            let part = |tensor: &Tensor| tensor.narrow(0, 0, tokens);
-            let (x, y, context) = (part(&space.x)?, part(&space.y)?, part(&space.context)?);
-            let (qkv, intermediate) = (part(&space.qkv)?, part(&space.intermediate)?);
-            let apply = |linear, epilogue| Apply { linear, epilogue, threads };
-            x.inplace_op1(&Embed { weights: &self.embeddings, tokens: &batch.tokens, width, threads })?;
-            for layer in &self.layers {
-                qkv.inplace_op2(&x, &apply(&layer.qkv, Epilogue::Bias))?;
-                context.inplace_op2(&qkv, &Attend { sequences, shape, threads })?;
-                y.inplace_op2(&context, &apply(&layer.attention_output, Epilogue::None))?;
-                let bias = &layer.attention_output.bias;
-                x.inplace_op2(&y, &AddNorm { bias, norm: &layer.attention_norm, width, threads })?;
-                let activate = Epilogue::Activate(self.config.activation);
-                intermediate.inplace_op2(&x, &apply(&layer.intermediate, activate))?;
-                y.inplace_op2(&intermediate, &apply(&layer.output, Epilogue::None))?;
-                let bias = &layer.output.bias;
-                x.inplace_op2(&y, &AddNorm { bias, norm: &layer.output_norm, width, threads })?;
-            }
-            let (modes, normalize) = pooling;
-            let out_width = width * modes.count() as usize;
-            let out = Tensor::zeros((sequences.len(), out_width), DType::F32, &Device::Cpu)?;
-            out.inplace_op2(&x, &Pool { sequences, modes, normalize, width })?;
+            let zeros = |rows: usize, columns: usize| {
+                Tensor::zeros((rows, columns), candle_core::DType::F32, &Device::Cpu)
+            };
+            let hidden = zeros(batch.tokens.len(), width)?;
+            hidden.inplace_op1(&Encode { weights: &weights, tokens: &batch.tokens, sequences, threads })?;
+            let out = zeros(sequences.len(), width * modes.count() as usize)?;
+            out.inplace_op2(&hidden, &Pool { sequences, modes, normalize, width })?;
             out.flatten_all()?.to_vec1()
         };
         run().map_err(compute)
+    }
+}
+
+impl Linear {
+    fn weights(&self) -> LinearWeights<'_> {
+        LinearWeights {
+            panels: self.panels.bytes(),
+            bias: self.bias.floats(),
+            scales: self.scales.as_ref().map_or(&[], WeightSlice::floats),
+            sums: self.sums.as_ref().map_or(&[], WeightSlice::floats),
+            inputs: self.inputs,
+            outputs: self.outputs,
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Helpers of the engine's tests: the stored checkpoints, copies of them to spoil, and comparisons.
 #![allow(dead_code)] // each test binary uses its own part
 
+use engine::compile::Precision;
 use engine::{CompileError, CompileOptions, CompileSummary, Model, compile_folder};
 use shm_layout::image::HeapImage;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,14 @@ pub(crate) fn copy(name: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("temp dir");
     copy_into(&stored(name), folder.path());
     folder
+}
+
+/// The model of a stored checkpoint in a precision.
+pub(crate) fn model_in(name: &str, precision: Precision) -> Model {
+    let mut image = Vec::new();
+    let options = CompileOptions { model_id: "test/model".into(), precision, ..CompileOptions::default() };
+    compile_folder(&stored(name), &options, &mut image, &mut |_| {}).expect("compiles");
+    Model::load(Arc::new(HeapImage::new(&image))).expect("loads")
 }
 
 /// Compiles a folder to memory.

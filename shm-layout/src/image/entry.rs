@@ -55,18 +55,24 @@ impl SectionKind {
 pub enum DType {
     /// IEEE single precision, 4 bytes.
     F32 = 1,
+    /// bfloat16, 2 bytes.
+    Bf16 = 2,
+    /// Signed integer, 1 byte.
+    Int8 = 3,
 }
 
 impl DType {
     /// The type of this number.
     pub fn from_u32(value: u32) -> Option<Self> {
-        (value == DType::F32 as u32).then_some(DType::F32)
+        [DType::F32, DType::Bf16, DType::Int8].into_iter().find(|dtype| *dtype as u32 == value)
     }
 
     /// Size of one element in bytes.
     pub fn size_bytes(self) -> u64 {
         match self {
             DType::F32 => 4,
+            DType::Bf16 => 2,
+            DType::Int8 => 1,
         }
     }
 }

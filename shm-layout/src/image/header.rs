@@ -28,17 +28,33 @@ impl Family {
     }
 }
 
-/// Precision of the matrices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Precision of the matrices, and of what they are multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Precision {
     /// IEEE single precision.
     F32 = 1,
+    /// bfloat16 with single-precision sums.
+    Bf16 = 2,
+    /// 8-bit integers: weights with a scale for each output, activations with scale and zero for each token.
+    Int8 = 3,
 }
 
 impl Precision {
+    /// All of them, most exact first.
+    pub const ALL: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Int8];
+
     fn from_u32(value: u32) -> Option<Self> {
-        (value == Precision::F32 as u32).then_some(Precision::F32)
+        Self::ALL.into_iter().find(|precision| *precision as u32 == value)
+    }
+
+    /// Its name in settings: `f32`, `bf16`, `int8`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+            Precision::Int8 => "int8",
+        }
     }
 }
 
@@ -46,7 +62,7 @@ impl Precision {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Isa {
-    /// Plain row-major tensors that every CPU reads.
+    /// Tensors that every CPU reads.
     Any = 1,
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 /// First bytes of every image.
 pub const MAGIC: [u8; 8] = *b"MBIMAGE\0";
 /// Version of this layout; any change of a table below increases it.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 /// Size of the header in bytes.
 pub const HEADER_BYTES: usize = 256;
 /// Size of one section entry in bytes.
@@ -55,15 +55,8 @@ pub const HEADER_FIELDS: &[Field] = &[
         "BLAKE3 of the image with these 32 bytes as zero",
     ),
     Field::new("family", 56, 4, "u32", "compiler", "model family: 1 BERT, 2 RoBERTa and XLM-RoBERTa"),
-    Field::new("precision", 60, 4, "u32", "compiler", "precision of the matrices: 1 f32"),
-    Field::new(
-        "isa",
-        64,
-        4,
-        "u32",
-        "compiler",
-        "instruction set the tensors are packed for: 1 any (plain row-major)",
-    ),
+    Field::new("precision", 60, 4, "u32", "compiler", "precision of the matrices: 1 f32, 2 bf16, 3 int8"),
+    Field::new("isa", 64, 4, "u32", "compiler", "instruction set the tensors are packed for: 1 any"),
     Field::new(
         "pooling",
         68,
@@ -131,7 +124,7 @@ pub const SECTION_ENTRY_FIELDS: &[Field] = &[
 pub const TENSOR_ENTRY_FIELDS: &[Field] = &[
     Field::new("name_offset", 0, 4, "u32", "compiler", "offset of the name in the name table"),
     Field::new("name_bytes", 4, 4, "u32", "compiler", "length of the name"),
-    Field::new("dtype", 8, 4, "u32", "compiler", "1 F32"),
+    Field::new("dtype", 8, 4, "u32", "compiler", "1 F32, 2 BF16, 3 I8"),
     Field::new("rank", 12, 4, "u32", "compiler", "number of dimensions, 1 to 4"),
     Field::new("shape", 16, 32, "[u64; 4]", "compiler", "dimensions, outermost first; past rank: zero"),
     Field::new("data_offset", 48, 8, "u64", "compiler", "offset of the data in the image"),

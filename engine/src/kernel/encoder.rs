@@ -1,0 +1,64 @@
+//! The encoder's forward pass over packed texts: embedding, layers, no pooling. All work of one call is done by one team, or
+//! by threads that each take whole texts; which of them makes no difference to any bit of the result.
+
+mod forward;
+mod groups;
+mod scratch;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+pub(crate) use scratch::release_all_scratch;
+pub(crate) use weights::{
+    EmbeddingWeights, EncodeError, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights,
+};
+
+use super::scratch::Place;
+use super::team::{Member, with_team};
+use forward::Group;
+use groups::groups;
+use rayon::prelude::*;
+use scratch::{Places, Scratch};
+use std::ops::Range;
+
+/// Computes the hidden state of all tokens into `hidden`, `[tokens, width]`; `sequences` are the texts, one behind the other.
+///
+/// # Errors
+/// [`EncodeError`] when lengths, weights or indices do not belong together; nothing is computed then.
+pub(crate) fn encode(
+    threads: usize,
+    encoder: &EncoderWeights<'_>,
+    tokens: &[Lookup],
+    sequences: &[Range<usize>],
+    hidden: &mut [f32],
+) -> Result<(), EncodeError> {
+    encoder.check(tokens, sequences, hidden)?;
+    let place = Place::of(hidden);
+    let compute = |member: &Member<'_>, scratch: Places, sequences: &[Range<usize>]| {
+        let Some(first) = sequences.first() else { return };
+        let tokens = &tokens[first.start..sequences[sequences.len() - 1].end];
+        let group = Group { encoder, tokens, sequences, first_token: first.start, hidden: place, scratch };
+        // SAFETY: all lengths were checked; groups are disjoint ranges of tokens, and a group is one team's; the scratch has room
+        // for its tokens and is its own.
+        unsafe { group.run(member) };
+    };
+    let whole = |group: Range<usize>| {
+        let sequences = &sequences[group];
+        let mut scratch =
+            Scratch::take(encoder, sequences[sequences.len() - 1].end - sequences[0].start, threads);
+        compute(&Member::alone(), scratch.places(), sequences);
+        scratch.keep(threads);
+    };
+    match groups(sequences, threads) {
+        // On the caller's thread: rayon would take a pool of its own.
+        Some(groups) if threads <= 1 => groups.into_iter().for_each(whole),
+        Some(groups) => groups.into_par_iter().with_max_len(1).for_each(whole),
+        None => {
+            let mut scratch = Scratch::take(encoder, tokens.len(), threads);
+            let places = scratch.places();
+            with_team(threads, |member| compute(member, places, sequences));
+            scratch.keep(threads);
+        }
+    }
+    Ok(())
+}

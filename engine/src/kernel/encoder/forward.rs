@@ -1,0 +1,233 @@
+//! The layers, step by step, for texts that one team has. Every step writes rows or columns that belong to one member.
+
+use super::super::attention::attention;
+use super::super::cpu::path;
+use super::super::product::{Left, PANEL_COLUMNS, Right, Tile, multiply};
+use super::super::scratch::Place;
+use super::super::team::Member;
+use super::super::vector::{
+    Target, activate, add_biased, copy_tile, copy_tile_bf16, dequantize, embed_row, norm_row, quantize_row,
+    store_biased, to_bf16,
+};
+use super::scratch::Places;
+use super::weights::{EmbeddingWeights, EncoderWeights, LinearWeights, Lookup, NormWeights};
+use crate::packing::{Packing, Precision};
+use std::ops::Range;
+
+/// Rows of a step that a member of a team takes at once.
+const ROW_BLOCK: usize = 4;
+
+/// Some texts on their way through all layers.
+pub(super) struct Group<'a> {
+    pub(super) encoder: &'a EncoderWeights<'a>,
+    pub(super) tokens: &'a [Lookup],
+    pub(super) sequences: &'a [Range<usize>],
+    pub(super) first_token: usize,
+    pub(super) hidden: Place,
+    pub(super) scratch: Places,
+}
+
+/// What happens to a product.
+enum Finish {
+    /// The bias is added, stored at the place, rows of so many elements.
+    Store(Place, usize),
+    /// The bias and the hidden state are added, stored there.
+    AddToHidden,
+    /// The bias is added and the activation applied; stored for the next product.
+    Activate,
+}
+
+impl Group<'_> {
+    /// # Safety
+    /// The encoder's weights and the group's tokens must have been checked; hidden state and scratch have room for the tokens
+    /// and are touched by nobody but the members of one team, which all call this.
+    pub(super) unsafe fn run(&self, member: &Member<'_>) {
+        let width = self.encoder.width();
+        let precision = self.encoder.precision;
+        let attention_precision =
+            if precision != Precision::F32 && path().has_bf16() { Precision::Bf16 } else { Precision::F32 };
+        let scratch = &self.scratch;
+        let rows = member.part(self.tokens.len(), ROW_BLOCK);
+        // SAFETY: each step writes rows or columns that `part`, `tasks` or the panels give to one member only, and reads what
+        // was written before the last meeting, or what this member wrote itself.
+        unsafe {
+            self.embed(rows.clone());
+            for layer in &self.encoder.layers {
+                self.narrow(self.hidden_rows(), scratch.narrow_left, width, rows.clone());
+                member.meet();
+                self.product(
+                    member,
+                    &layer.qkv,
+                    self.left(self.hidden_rows(), scratch.narrow_left, width),
+                    Finish::Store(scratch.qkv, 3 * width),
+                );
+                member.meet();
+                attention(
+                    member,
+                    scratch.context,
+                    scratch.qkv,
+                    self.sequences,
+                    self.first_token,
+                    self.encoder.shape,
+                    attention_precision,
+                );
+                member.meet();
+                if precision != Precision::F32 {
+                    self.narrow(scratch.context.at(0), scratch.narrow_left, width, rows.clone());
+                    member.meet();
+                }
+                self.product(
+                    member,
+                    &layer.attention_output,
+                    self.left(scratch.context.at(0), scratch.narrow_left, width),
+                    Finish::AddToHidden,
+                );
+                member.meet();
+                self.norm(&layer.attention_norm, rows.clone());
+                self.narrow(self.hidden_rows(), scratch.narrow_left, width, rows.clone());
+                member.meet();
+                self.product(
+                    member,
+                    &layer.intermediate,
+                    self.left(self.hidden_rows(), scratch.narrow_left, width),
+                    Finish::Activate,
+                );
+                member.meet();
+                if precision == Precision::Int8 {
+                    self.narrow(scratch.wide.at(0), scratch.wide_left, self.encoder.wide, rows.clone());
+                    member.meet();
+                }
+                self.product(
+                    member,
+                    &layer.output,
+                    self.left(scratch.wide.at(0), scratch.wide_left, self.encoder.wide),
+                    Finish::AddToHidden,
+                );
+                member.meet();
+                self.norm(&layer.output_norm, rows.clone());
+            }
+        }
+    }
+
+    /// The group's first row of the hidden state.
+    fn hidden_rows(&self) -> *mut f32 {
+        self.hidden.at(self.first_token * self.encoder.width())
+    }
+
+    /// # Safety
+    /// The rows of the hidden state must be this member's.
+    unsafe fn embed(&self, rows: Range<usize>) {
+        let width = self.encoder.width();
+        let EmbeddingWeights { words, kinds, positions, norm } = self.encoder.embeddings;
+        let of = |table: &'_ [f32], index: u32| {
+            index as usize * width..(index as usize + 1) * width.min(table.len())
+        };
+        for row in rows {
+            let token = self.tokens[row];
+            // SAFETY: the caller's promise.
+            let out = unsafe { self.hidden.slice::<f32>((self.first_token + row) * width, width) };
+            embed_row(
+                out,
+                &words[of(words, token.word)],
+                &kinds[of(kinds, token.kind)],
+                &positions[of(positions, token.position)],
+                (norm.weight, norm.bias, norm.eps),
+            );
+        }
+    }
+
+    /// # Safety
+    /// The rows of the hidden state must be this member's.
+    unsafe fn norm(&self, norm: &NormWeights<'_>, rows: Range<usize>) {
+        let width = self.encoder.width();
+        for row in rows {
+            // SAFETY: the caller's promise.
+            let row = unsafe { self.hidden.slice::<f32>((self.first_token + row) * width, width) };
+            norm_row(row, norm.weight, norm.bias, norm.eps);
+        }
+    }
+
+    /// Makes rows the left side of a product in the encoder's precision; nothing for f32.
+    ///
+    /// # Safety
+    /// The rows must be readable, and written by nobody; those of `left` must be this member's.
+    unsafe fn narrow(&self, source: *const f32, left: Place, width: usize, rows: Range<usize>) {
+        let stride = self.encoder.precision.padded(width);
+        for row in rows {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let values = std::slice::from_raw_parts(source.add(row * width), width);
+                match self.encoder.precision {
+                    Precision::F32 => {}
+                    Precision::Bf16 => to_bf16(values, left.slice(row * stride, width)),
+                    Precision::Int8 => {
+                        let scales = &mut self.scratch.row_scales.slice::<[f32; 2]>(row, 1)[0];
+                        quantize_row(values, left.slice(row * stride, width), scales);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The left side of a product: `floats` as they are, or what [`Group::narrow`] made of them.
+    fn left(&self, floats: *const f32, narrowed: Place, inputs: usize) -> Left {
+        let rows = self.tokens.len();
+        match self.encoder.precision {
+            Precision::F32 => Left { start: floats.cast(), stride_bytes: 4 * inputs, rows },
+            precision => Left {
+                start: narrowed.at(0),
+                stride_bytes: precision.padded(inputs) * precision.element_bytes(),
+                rows,
+            },
+        }
+    }
+
+    /// This member's columns of a product.
+    ///
+    /// # Safety
+    /// The left side must be complete; what the product writes must be touched by nobody but members that do the same step.
+    unsafe fn product(&self, member: &Member<'_>, linear: &LinearWeights<'_>, left: Left, finish: Finish) {
+        let precision = self.encoder.precision;
+        let right =
+            Right { start: linear.panels.as_ptr(), precision, inputs: precision.padded(linear.inputs) };
+        let panels = member.part(linear.outputs.div_ceil(PANEL_COLUMNS), 1);
+        let done = |tile: &mut Tile, rows: Range<usize>, panel: usize| {
+            let columns = panel * PANEL_COLUMNS..((panel + 1) * PANEL_COLUMNS).min(linear.outputs);
+            let tile = tile.rows_mut(rows.len());
+            if precision == Precision::Int8 {
+                // SAFETY: the left side is complete, so its scales are, and nobody writes them now.
+                let scales = unsafe { self.scratch.row_scales.slice::<[f32; 2]>(rows.start, rows.len()) };
+                dequantize(tile, scales, &linear.scales[columns.clone()], &linear.sums[columns.clone()]);
+            }
+            let bias = &linear.bias[columns.clone()];
+            let target = |place: Place, width: usize| Target {
+                start: place.at::<f32>(rows.start * width + columns.start),
+                stride: width,
+            };
+            // SAFETY: these columns are this member's, and the places have room for all rows of all columns.
+            unsafe {
+                match finish {
+                    Finish::Store(place, width) => store_biased(tile, bias, target(place, width)),
+                    Finish::AddToHidden => {
+                        let width = self.encoder.width();
+                        let start = self.hidden.at((self.first_token + rows.start) * width + columns.start);
+                        add_biased(tile, bias, Target { start, stride: width });
+                    }
+                    Finish::Activate => {
+                        activate(tile, bias, self.encoder.activation);
+                        if precision == Precision::Bf16 {
+                            let stride = precision.padded(linear.outputs);
+                            let start = self.scratch.wide_left.at(rows.start * stride + columns.start);
+                            copy_tile_bf16(tile, columns.len(), Target { start, stride });
+                        } else {
+                            copy_tile(tile, columns.len(), target(self.scratch.wide, linear.outputs));
+                        }
+                    }
+                }
+            }
+        };
+        // SAFETY: panels were checked against the dimensions, rows of the left side have room behind them in the scratch; f32
+        // rows are read exactly.
+        unsafe { multiply(left, right, panels, done) };
+    }
+}

@@ -1,0 +1,96 @@
+//! Memory for the activations of some tokens, kept between calls. No arithmetic.
+
+use super::super::attention::release_scratch;
+use super::super::product::TILE_ROWS;
+use super::super::scratch::{Block, Place};
+use super::weights::EncoderWeights;
+use crate::packing::{Packing, Precision};
+use std::sync::{Mutex, PoisonError};
+
+/// Activations of some tokens.
+pub(super) struct Scratch {
+    tokens: usize,
+    /// Bytes of a row in each block, which say for what encoder it was made.
+    row_bytes: [usize; 5],
+    qkv: Block,
+    context: Block,
+    wide: Block,
+    /// The left side of products in bf16 or int8: hidden state or context, then what the activation gave.
+    narrow_left: Block,
+    wide_left: Block,
+    /// int8: scale and zero of each row of the left side.
+    row_scales: Block,
+}
+
+impl Scratch {
+    fn row_bytes(encoder: &EncoderWeights<'_>) -> [usize; 5] {
+        let (width, wide) = (encoder.width(), encoder.wide);
+        let left = |inputs: usize| encoder.precision.padded(inputs) * encoder.precision.element_bytes();
+        match encoder.precision {
+            Precision::F32 => [12 * width, 4 * width, 4 * wide, 0, 0],
+            Precision::Bf16 => [12 * width, 4 * width, 0, left(width), left(wide)],
+            Precision::Int8 => [12 * width, 4 * width, 4 * wide, left(width), left(wide)],
+        }
+    }
+
+    /// Memory for at least `tokens` tokens: a kept one that fits, or a new one.
+    pub(super) fn take(encoder: &EncoderWeights<'_>, tokens: usize, threads: usize) -> Scratch {
+        let row_bytes = Scratch::row_bytes(encoder);
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        // Padding behind the rows of the left sides must be zero, so memory of another shape is not used.
+        let fits = |scratch: &Scratch| scratch.tokens >= tokens && scratch.row_bytes == row_bytes;
+        if let Some(index) = kept.iter().position(fits) {
+            return kept.swap_remove(index);
+        }
+        // One that does not fit makes way when there is one for each thread, so that what is kept stays bounded.
+        if kept.len() >= threads {
+            kept.swap_remove(0);
+        }
+        drop(kept);
+        let tokens = tokens.next_multiple_of(TILE_ROWS);
+        let rows = |bytes: usize| Block::zeroed((tokens + TILE_ROWS) * bytes);
+        let [qkv, context, wide, narrow_left, wide_left] = row_bytes.map(rows);
+        Scratch { tokens, row_bytes, qkv, context, wide, narrow_left, wide_left, row_scales: rows(8) }
+    }
+
+    /// Keeps it for the next call, one for each of `threads`.
+    pub(super) fn keep(self, threads: usize) {
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < threads {
+            kept.push(self);
+        }
+    }
+
+    pub(super) fn places(&mut self) -> Places {
+        Places {
+            qkv: self.qkv.start(),
+            context: self.context.start(),
+            wide: self.wide.start(),
+            narrow_left: self.narrow_left.start(),
+            wide_left: self.wide_left.start(),
+            row_scales: self.row_scales.start(),
+        }
+    }
+}
+
+/// Scratch memory between calls, of all models.
+static KEPT: Mutex<Vec<Scratch>> = Mutex::new(Vec::new());
+
+/// Gives back all memory that is kept for activations: this thread's, and that of the pool it is on when that has several.
+pub(crate) fn release_all_scratch(threads: usize) {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    if threads > 1 {
+        rayon::broadcast(|_| release_scratch());
+    }
+    release_scratch();
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Places {
+    pub(super) qkv: Place,
+    pub(super) context: Place,
+    pub(super) wide: Place,
+    pub(super) narrow_left: Place,
+    pub(super) wide_left: Place,
+    pub(super) row_scales: Place,
+}

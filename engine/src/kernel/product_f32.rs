@@ -1,0 +1,124 @@
+//! Single-precision tiles: `tile[r, c] = Σ a[r, k] · panel[k, c]`. One function per CPU path, nothing else.
+
+use super::cpu::CpuPath;
+use super::product::{PANEL_COLUMNS, Tile, for_rows};
+
+/// Computes a tile of `rows` rows; `a` is the first row, rows are `stride_bytes` apart, `panel` is `[k, 32]`.
+///
+/// # Safety
+/// `k` floats of each row and the whole panel must be readable, and the CPU must have the path.
+pub(super) unsafe fn tile(
+    path: CpuPath,
+    a: *const u8,
+    stride_bytes: usize,
+    rows: usize,
+    panel: *const f32,
+    k: usize,
+    tile: &mut Tile,
+) {
+    // SAFETY: the caller's promises; a tile has room for the most rows of any path.
+    unsafe {
+        match path {
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Avx512 | CpuPath::Avx512Vnni | CpuPath::Amx => {
+                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512(a, stride_bytes, panel, k, tile));
+            }
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Avx2 => for_rows!(rows, [1 2 3 4 5 6], avx2(a, stride_bytes, panel, k, tile)),
+            _ => portable(a, stride_bytes, rows, panel, k, tile),
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile`], for `ROWS` rows.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn avx512<const ROWS: usize>(
+    a: *const u8,
+    stride_bytes: usize,
+    panel: *const f32,
+    k: usize,
+    tile: &mut Tile,
+) {
+    use std::arch::x86_64::*;
+    let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+    // SAFETY: indices stay below `k` and `ROWS`, which the caller promises to be readable; the tile has `ROWS` rows.
+    unsafe {
+        for step in 0..k {
+            let low = _mm512_loadu_ps(panel.add(PANEL_COLUMNS * step));
+            let high = _mm512_loadu_ps(panel.add(PANEL_COLUMNS * step + 16));
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let value = _mm512_set1_ps(*a.add(row * stride_bytes + 4 * step).cast::<f32>());
+                sums[0] = _mm512_fmadd_ps(value, low, sums[0]);
+                sums[1] = _mm512_fmadd_ps(value, high, sums[1]);
+            }
+        }
+        let out = tile.as_mut_ptr();
+        for (row, sums) in sums.iter().enumerate() {
+            _mm512_store_ps(out.add(PANEL_COLUMNS * row), sums[0]);
+            _mm512_store_ps(out.add(PANEL_COLUMNS * row + 16), sums[1]);
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile`], for `ROWS` rows.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2<const ROWS: usize>(
+    a: *const u8,
+    stride_bytes: usize,
+    panel: *const f32,
+    k: usize,
+    tile: &mut Tile,
+) {
+    use std::arch::x86_64::*;
+    // SAFETY: as in `avx512`.
+    unsafe {
+        for half in [0, 16] {
+            let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
+            for step in 0..k {
+                let low = _mm256_loadu_ps(panel.add(PANEL_COLUMNS * step + half));
+                let high = _mm256_loadu_ps(panel.add(PANEL_COLUMNS * step + half + 8));
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let value = _mm256_set1_ps(*a.add(row * stride_bytes + 4 * step).cast::<f32>());
+                    sums[0] = _mm256_fmadd_ps(value, low, sums[0]);
+                    sums[1] = _mm256_fmadd_ps(value, high, sums[1]);
+                }
+            }
+            let out = tile.as_mut_ptr().add(half);
+            for (row, sums) in sums.iter().enumerate() {
+                _mm256_store_ps(out.add(PANEL_COLUMNS * row), sums[0]);
+                _mm256_store_ps(out.add(PANEL_COLUMNS * row + 8), sums[1]);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile`].
+unsafe fn portable(
+    a: *const u8,
+    stride_bytes: usize,
+    rows: usize,
+    panel: *const f32,
+    k: usize,
+    tile: &mut Tile,
+) {
+    for (row, sums) in tile.rows_mut(rows).iter_mut().enumerate() {
+        *sums = [0.0; PANEL_COLUMNS];
+        for step in 0..k {
+            // SAFETY: as in `avx512`.
+            let (value, weights) = unsafe {
+                (
+                    *a.add(row * stride_bytes + 4 * step).cast::<f32>(),
+                    &*panel.add(PANEL_COLUMNS * step).cast::<[f32; PANEL_COLUMNS]>(),
+                )
+            };
+            for (sum, weight) in sums.iter_mut().zip(weights) {
+                *sum += value * weight;
+            }
+        }
+    }
+}
