@@ -4,7 +4,7 @@
 //! between [`Session::start`] and the session's end. Source of encodings: Intel's Software Developer's Manual, volume 1,
 //! chapter 18 (AMX) and Linux' `Documentation/arch/x86/xstate.rst` (permission).
 
-use super::product::{PANEL_COLUMNS, Tile};
+use super::product::{PANEL_COLUMNS, Target};
 use std::arch::asm;
 use std::marker::PhantomData;
 
@@ -59,7 +59,7 @@ static CONFIG: TileConfig = TileConfig {
 
 /// Four accumulators (tmm0-3): rows 0-15 and 16-31 times columns 0-15 and 16-31.
 macro_rules! products {
-    ($multiply:literal, $a:expr, $stride_bytes:expr, $panel:expr, $steps:expr, $tile:expr) => {
+    ($multiply:literal, $a:expr, $stride_bytes:expr, $panel:expr, $steps:expr, $out:expr) => {
         asm!(
             "tilezero tmm0",
             "tilezero tmm1",
@@ -79,17 +79,19 @@ macro_rules! products {
             "add {panel}, 2048",
             "dec {steps}",
             "jnz 2b",
-            "tilestored [{tile} + {panel_stride}], tmm0",
-            "tilestored [{tile} + {panel_stride} + 64], tmm1",
-            "tilestored [{tile} + {panel_stride} + 2048], tmm2",
-            "tilestored [{tile} + {panel_stride} + 2112], tmm3",
+            "tilestored [{out} + {out_stride}], tmm0",
+            "tilestored [{out} + {out_stride} + 64], tmm1",
+            "tilestored [{out_below} + {out_stride}], tmm2",
+            "tilestored [{out_below} + {out_stride} + 64], tmm3",
             a = inout(reg) $a => _,
             below = inout(reg) $a.wrapping_add(16 * $stride_bytes) => _,
             panel = inout(reg) $panel => _,
             steps = inout(reg) $steps => _,
             stride = in(reg) $stride_bytes,
             panel_stride = in(reg) 4 * PANEL_COLUMNS,
-            tile = in(reg) $tile.as_mut_ptr(),
+            out = in(reg) $out.start,
+            out_below = in(reg) $out.start.wrapping_add(16 * $out.stride),
+            out_stride = in(reg) 4 * $out.stride,
             options(nostack),
         )
     };
@@ -109,10 +111,11 @@ impl Session {
         Session(PhantomData)
     }
 
-    /// `tile[r, c] = Σ a[r, k] · panel[k, c]` for 32 rows, bf16 pairs to f32.
+    /// `out[r, c] = Σ a[r, k] · panel[k, c]` for 32 rows and columns, bf16 pairs to f32.
     ///
     /// # Safety
-    /// 32 rows of `steps * 64` bytes at `a`, `stride_bytes` apart, and `steps * 2048` bytes at `panel` must be readable.
+    /// 32 rows of `steps * 64` bytes at `a`, `stride_bytes` apart, and `steps * 2048` bytes at `panel` must be readable,
+    /// 32 rows of 32 at `out` writable.
     #[inline]
     pub(super) unsafe fn bf16(
         &self,
@@ -120,13 +123,13 @@ impl Session {
         stride_bytes: usize,
         panel: *const u8,
         steps: usize,
-        tile: &mut Tile,
+        out: Target<f32>,
     ) {
         // SAFETY: handed through from the caller; tiles are configured while `self` lives.
-        unsafe { products!("tdpbf16ps", a, stride_bytes, panel, steps, tile) };
+        unsafe { products!("tdpbf16ps", a, stride_bytes, panel, steps, out) };
     }
 
-    /// As [`Session::bf16`], u8 rows and i8 panel to i32, whose bits the tile holds.
+    /// As [`Session::bf16`], u8 rows and i8 panel to i32, whose bits are written.
     ///
     /// # Safety
     /// As [`Session::bf16`].
@@ -137,10 +140,10 @@ impl Session {
         stride_bytes: usize,
         panel: *const u8,
         steps: usize,
-        tile: &mut Tile,
+        out: Target<f32>,
     ) {
         // SAFETY: handed through from the caller; tiles are configured while `self` lives.
-        unsafe { products!("tdpbusd", a, stride_bytes, panel, steps, tile) };
+        unsafe { products!("tdpbusd", a, stride_bytes, panel, steps, out) };
     }
 }
 

@@ -3,10 +3,12 @@
 //! Keys become panels of 32 keys and values panels of 32 columns, packed as weights are, so that both products are those of
 //! `product`. In f32, or in bf16 with f32 sums and an f32 softmax.
 
-use super::product::{Left, PANEL_COLUMNS, Precision, Right, TILE_ROWS, multiply};
+#[cfg(target_arch = "x86_64")]
+use super::narrow::{scale_narrowly, softmax_narrowly};
+use super::product::{Left, PANEL_COLUMNS, Precision, Right, TILE_ROWS, Target, multiply, multiply_into};
 use super::scratch::{Block, Place};
 use super::team::Member;
-use super::vector::{pair_rows, softmax_row, to_bf16, transpose_words};
+use super::vector::{pair_rows, softmax_row, transpose_words};
 use crate::packing::Packing;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -23,10 +25,19 @@ pub(crate) struct AttentionShape {
     pub(crate) head_count: usize,
 }
 
+/// Where contexts go, `[tokens, hidden_dim]`.
+#[derive(Clone, Copy)]
+pub(super) enum Context {
+    /// As f32.
+    Float(Place),
+    /// As bf16, rows so many elements apart; only from bf16.
+    Narrow(Place, usize),
+}
+
 /// Memory of one thread for one head of one sequence.
 struct HeadScratch {
     capacity_bytes: [usize; 4],
-    /// Queries in bf16.
+    /// Queries whose width had to be padded.
     queries: Block,
     keys: Block,
     values: Block,
@@ -65,14 +76,15 @@ pub(super) fn release_scratch() {
 }
 
 /// This member's heads of `context[t] = softmax(q[t] · kᵀ / √d) · v` inside each sequence. `qkv` is `[tokens, 3 * hidden_dim]`
-/// with queries, keys and values side by side, `context` is `[tokens, hidden_dim]`; sequences count from `first_token`.
+/// with queries, keys and values side by side, f32 or bf16 as `precision` says; sequences count from `first_token`.
 ///
 /// # Safety
-/// Sequences must be disjoint and, less `first_token`, lie inside both places; nobody else writes `qkv`, or touches
-/// `context`, but the other members of the team that call this with the same arguments.
+/// Sequences must be disjoint and, less `first_token`, lie inside both places, with [`TILE_ROWS`] readable rows behind the last
+/// in `qkv`; nobody else writes `qkv`, or touches `context`, but the other members of the team that call this with the same
+/// arguments. bf16 is for paths that have it.
 pub(super) unsafe fn attention(
     member: &Member<'_>,
-    context: Place,
+    context: Context,
     qkv: Place,
     sequences: &[Range<usize>],
     first_token: usize,
@@ -87,15 +99,16 @@ pub(super) unsafe fn attention(
         // one member, so no two tasks share an element. The rest is the caller's promise.
         unsafe {
             match precision {
-                Precision::F32 => head.in_f32(),
-                _ => head.in_bf16(),
+                #[cfg(target_arch = "x86_64")]
+                Precision::Bf16 => head.in_bf16(),
+                _ => head.in_f32(),
             }
         }
     }
 }
 
 struct Head {
-    context: Place,
+    context: Context,
     qkv: Place,
     sequence: Range<usize>,
     head: usize,
@@ -120,24 +133,36 @@ impl Head {
     /// The part (0 query, 1 key, 2 value) of a token, counted from the sequence's first.
     ///
     /// # Safety
-    /// The token must be one of the sequence; nobody may write it meanwhile.
-    unsafe fn part<'a>(&self, token: usize, part: usize) -> &'a [f32] {
+    /// The token must be one of the sequence; nobody may write it meanwhile; `T` must be what `qkv` holds.
+    unsafe fn part<'a, T>(&self, token: usize, part: usize) -> &'a [T] {
         // SAFETY: the caller's promise; the slice is only read.
-        unsafe { self.qkv.slice::<f32>(self.at(token, part), self.head_dim()) }
+        unsafe { self.qkv.slice::<T>(self.at(token, part), self.head_dim()) }
     }
 
-    /// Writes a tile's rows into the columns of this head.
+    /// Writes a tile's rows, each times its factor, into the columns of this head.
     ///
     /// # Safety
     /// As [`attention`].
-    unsafe fn store(&self, tile: &[[f32; PANEL_COLUMNS]], first_query: usize, panel: usize) {
+    unsafe fn store(&self, tile: &[[f32; PANEL_COLUMNS]], factors: &[f32], first_query: usize, panel: usize) {
         let columns = (self.head_dim() - panel * PANEL_COLUMNS).min(PANEL_COLUMNS);
         let column = self.head * self.head_dim() + panel * PANEL_COLUMNS;
-        for (row, values) in tile.iter().enumerate() {
+        for ((row, values), factor) in tile.iter().enumerate().zip(factors) {
             let token = self.sequence.start + first_query + row;
-            // SAFETY: these columns of these rows are this task's.
-            let out = unsafe { self.context.slice::<f32>(token * self.shape.hidden_dim + column, columns) };
-            out.copy_from_slice(&values[..columns]);
+            // SAFETY: these columns of these rows are this task's; the path has bf16 where it is asked for.
+            unsafe {
+                match self.context {
+                    Context::Float(place) => {
+                        let out = place.slice::<f32>(token * self.shape.hidden_dim + column, columns);
+                        out.iter_mut().zip(values).for_each(|(out, value)| *out = value * factor);
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    Context::Narrow(place, stride) => {
+                        scale_narrowly(values, *factor, place.slice::<u16>(token * stride + column, columns));
+                    }
+                    #[cfg(not(target_arch = "x86_64"))]
+                    Context::Narrow(..) => unreachable!("no path has bf16"),
+                }
+            }
         }
     }
 
@@ -168,7 +193,7 @@ impl Head {
                         let out =
                             packed_values.slice::<f32>((panel * keys + key) * PANEL_COLUMNS, PANEL_COLUMNS);
                         out[..columns]
-                            .copy_from_slice(&self.part(key, 2)[panel * PANEL_COLUMNS..][..columns]);
+                            .copy_from_slice(&self.part::<f32>(key, 2)[panel * PANEL_COLUMNS..][..columns]);
                         out[columns..].fill(0.0);
                     }
                 }
@@ -178,19 +203,16 @@ impl Head {
                     let queries = Left { start, stride_bytes: row_bytes, rows };
                     let right =
                         Right { start: packed_keys.at(0), precision: Precision::F32, inputs: head_dim };
-                    multiply(queries, right, 0..key_panels, |tile, rows, panel| {
-                        for (row, values) in rows.clone().zip(tile.rows(rows.len())) {
-                            let at = row * padded_keys + panel * PANEL_COLUMNS;
-                            scores.slice::<f32>(at, PANEL_COLUMNS).copy_from_slice(values);
-                        }
-                    });
-                    for row in 0..rows {
-                        softmax_row(scores.slice::<f32>(row * padded_keys, keys), self.scale());
+                    let out = Target { start: scores.at::<f32>(0), stride: padded_keys };
+                    multiply_into(queries, right, 0..key_panels, out);
+                    let mut factors = [0.0; QUERY_BLOCK_ROWS];
+                    for (row, factor) in factors[..rows].iter_mut().enumerate() {
+                        *factor = softmax_row(scores.slice::<f32>(row * padded_keys, keys), self.scale());
                     }
                     let left = Left { start: scores.at(0), stride_bytes: 4 * padded_keys, rows };
                     let right = Right { start: packed_values.at(0), precision: Precision::F32, inputs: keys };
                     multiply(left, right, 0..value_panels, |tile, rows, panel| {
-                        self.store(tile.rows(rows.len()), first + rows.start, panel);
+                        self.store(tile.rows(rows.len()), &factors[rows.clone()], first + rows.start, panel);
                     });
                 }
             }
@@ -199,41 +221,51 @@ impl Head {
 
     /// # Safety
     /// As [`attention`].
+    #[cfg(target_arch = "x86_64")]
     unsafe fn in_bf16(&self) {
         const BF16: Precision = Precision::Bf16;
         let (keys, head_dim) = (self.sequence.len(), self.head_dim());
         // Elements of a padded query and of a padded row of probabilities.
         let (inner, outer) = (BF16.padded(head_dim), BF16.padded(keys));
         let (key_panels, value_panels) = (outer / PANEL_COLUMNS, head_dim.div_ceil(PANEL_COLUMNS));
+        // A head of whole steps is read where it lies.
+        let is_whole = inner == head_dim;
         let needed_bytes = [
-            2 * (outer + TILE_ROWS) * inner,
+            if is_whole { 0 } else { 2 * (outer + TILE_ROWS) * inner },
             2 * outer * inner,
             2 * value_panels * PANEL_COLUMNS * outer,
             // Scores, then probabilities with the rows that a tile reads behind the last.
             4 * QUERY_BLOCK_ROWS * outer + 2 * (QUERY_BLOCK_ROWS + TILE_ROWS) * outer,
         ];
         HeadScratch::with(needed_bytes, |scratch| {
-            let [queries, packed_keys, packed_values, scores] =
+            let [padded, packed_keys, packed_values, scores] =
                 [&mut scratch.queries, &mut scratch.keys, &mut scratch.values, &mut scratch.scores]
                     .map(Block::start);
             let probabilities_at = 2 * QUERY_BLOCK_ROWS * outer;
-            // SAFETY: as in `in_f32`; all reads of 32 rows lie inside the scratch.
+            // SAFETY: as in `in_f32`; all reads of 32 rows lie inside the scratch, or inside `qkv` and what is behind it.
             unsafe {
-                // Keys pass through the place of the queries: rows of pairs, then transposed as words.
-                for part in [1, 0] {
+                // First byte and distance of rows of queries or keys.
+                let rows_of = |part: usize| {
+                    if is_whole {
+                        return (
+                            self.qkv.at::<u16>(self.at(0, part)).cast::<u8>(),
+                            6 * self.shape.hidden_dim,
+                        );
+                    }
                     for token in 0..keys {
-                        let out = queries.slice::<u16>(token * inner, inner);
-                        to_bf16(self.part(token, part), &mut out[..head_dim]);
+                        let out = padded.slice::<u16>(token * inner, inner);
+                        out[..head_dim].copy_from_slice(self.part(token, part));
                         out[head_dim..].fill(0);
                     }
-                    if part == 1 {
-                        for panel in 0..key_panels {
-                            let first = panel * PANEL_COLUMNS;
-                            let out = packed_keys.slice::<u32>(first * inner / 2, PANEL_COLUMNS * inner / 2);
-                            let source = queries.at::<u16>(first * inner).cast::<u8>();
-                            transpose_words(out, source, 2 * inner, (keys - first).min(PANEL_COLUMNS));
-                        }
-                    }
+                    (padded.at::<u8>(0), 2 * inner)
+                };
+                // Keys before queries: padded, both take the same place.
+                let (source, stride_bytes) = rows_of(1);
+                for panel in 0..key_panels {
+                    let first = panel * PANEL_COLUMNS;
+                    let out = packed_keys.slice::<u32>(first * inner / 2, PANEL_COLUMNS * inner / 2);
+                    let rows = (keys - first).min(PANEL_COLUMNS);
+                    transpose_words(out, source.add(first * stride_bytes), stride_bytes, rows);
                 }
                 for panel in 0..value_panels {
                     let columns = (head_dim - panel * PANEL_COLUMNS).min(PANEL_COLUMNS);
@@ -241,38 +273,29 @@ impl Head {
                         let at = (panel * outer / 2 + pair) * PANEL_COLUMNS;
                         let out = packed_values.slice::<u32>(at, PANEL_COLUMNS);
                         let value = |key: usize| match key < keys {
-                            true => &self.part(key, 2)[panel * PANEL_COLUMNS..][..columns],
+                            true => &self.part::<u16>(key, 2)[panel * PANEL_COLUMNS..][..columns],
                             false => &[],
                         };
                         pair_rows(out, value(2 * pair), value(2 * pair + 1));
                     }
                 }
+                let (source, stride_bytes) = rows_of(0);
                 for first in (0..keys).step_by(QUERY_BLOCK_ROWS) {
                     let rows = (keys - first).min(QUERY_BLOCK_ROWS);
-                    let left = Left {
-                        start: queries.at::<u16>(first * inner).cast(),
-                        stride_bytes: 2 * inner,
-                        rows,
-                    };
+                    let left = Left { start: source.add(first * stride_bytes), stride_bytes, rows };
                     let right = Right { start: packed_keys.at(0), precision: BF16, inputs: inner };
-                    multiply(left, right, 0..key_panels, |tile, rows, panel| {
-                        for (row, values) in rows.clone().zip(tile.rows(rows.len())) {
-                            let at = row * outer + panel * PANEL_COLUMNS;
-                            scores.slice::<f32>(at, PANEL_COLUMNS).copy_from_slice(values);
-                        }
-                    });
-                    for row in 0..rows {
-                        let row_scores = scores.slice::<f32>(row * outer, keys);
-                        softmax_row(row_scores, self.scale());
+                    let out = Target { start: scores.at::<f32>(0), stride: outer };
+                    multiply_into(left, right, 0..key_panels, out);
+                    let mut factors = [0.0; QUERY_BLOCK_ROWS];
+                    for (row, factor) in factors[..rows].iter_mut().enumerate() {
                         let out = scores.slice::<u16>(probabilities_at + row * outer, outer);
-                        to_bf16(row_scores, &mut out[..keys]);
-                        out[keys..].fill(0);
+                        *factor = softmax_narrowly(scores.slice::<f32>(row * outer, keys), self.scale(), out);
                     }
                     let start = scores.at::<u16>(probabilities_at).cast();
                     let left = Left { start, stride_bytes: 2 * outer, rows };
                     let right = Right { start: packed_values.at(0), precision: BF16, inputs: outer };
                     multiply(left, right, 0..value_panels, |tile, rows, panel| {
-                        self.store(tile.rows(rows.len()), first + rows.start, panel);
+                        self.store(tile.rows(rows.len()), &factors[rows.clone()], first + rows.start, panel);
                     });
                 }
             }
@@ -282,7 +305,8 @@ impl Head {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cpu::{available, with_path};
+    use super::super::cpu::{available, path, with_path};
+    use super::super::vector::to_bf16;
     use super::*;
 
     fn noise(len: usize) -> Vec<f32> {
@@ -329,28 +353,53 @@ mod tests {
         shape: AttentionShape,
         precision: Precision,
     ) -> Vec<f32> {
-        let mut qkv = qkv.to_vec();
-        let mut context = vec![0.0; qkv.len() / 3];
-        let (context_place, qkv_place) = (Place::of(&mut context), Place::of(&mut qkv));
+        let width = shape.hidden_dim;
+        let mut context = vec![0.0f32; qkv.len() / 3];
+        let place = Place::of(&mut context);
+        let mut words = Block::zeroed(4 * (qkv.len() + TILE_ROWS * 3 * width));
+        let words = words.start();
+        let mut halves = Block::zeroed(2 * context.len());
+        let halves = halves.start();
+        // SAFETY: all blocks have room for these elements, and nobody else has them yet.
+        unsafe {
+            match precision {
+                Precision::F32 => words.slice::<f32>(0, qkv.len()).copy_from_slice(qkv),
+                _ => to_bf16(qkv, words.slice::<u16>(0, qkv.len())),
+            }
+        }
+        let first = sequences[0].start;
         super::super::team::with_team(threads, |member| {
-            // SAFETY: both places are borrowed for this call only; sequences lie inside.
+            // SAFETY: all places are borrowed for this call only; sequences lie inside.
             unsafe {
-                attention(member, context_place, qkv_place, sequences, sequences[0].start, shape, precision)
+                attention(member, Context::Float(place), words, sequences, first, shape, precision);
+                if precision == Precision::Bf16 {
+                    let narrow = Context::Narrow(halves, width);
+                    attention(member, narrow, words, sequences, first, shape, precision);
+                }
             };
         });
+        if precision == Precision::Bf16 {
+            let mut wanted = vec![0; context.len()];
+            to_bf16(&context, &mut wanted);
+            // SAFETY: as above; the team is done.
+            assert_eq!(unsafe { halves.slice::<u16>(0, context.len()) }, wanted);
+        }
         context
     }
 
     #[test]
     fn packed_attention_is_attention_and_does_not_see_its_neighbours() {
         let sequences = [0..2, 2..3, 3..140, 140..300, 300..317];
-        for (hidden_dim, head_count) in [(24, 3), (80, 2), (64, 1)] {
+        for (hidden_dim, head_count) in [(24, 3), (80, 2), (64, 1), (64, 2)] {
             let shape = AttentionShape { hidden_dim, head_count };
             let qkv = noise(317 * 3 * hidden_dim);
             let mut wanted = vec![0.0; 317 * hidden_dim];
             sequences.iter().for_each(|sequence| plain(&qkv, sequence, shape, &mut wanted));
             for path in available() {
                 for (precision, tolerance) in [(Precision::F32, 2e-6), (Precision::Bf16, 2e-2)] {
+                    if precision == Precision::Bf16 && !path.has_bf16() {
+                        continue;
+                    }
                     with_path(path, || {
                         let together = run(1, &qkv, &sequences, shape, precision);
                         for (found, wanted) in together.iter().zip(&wanted) {
@@ -359,13 +408,8 @@ mod tests {
                         }
                         for sequence in &sequences {
                             let own = sequence.start * 3 * hidden_dim..sequence.end * 3 * hidden_dim;
-                            let alone = run(
-                                1,
-                                &qkv[own],
-                                std::slice::from_ref(&(0..sequence.len())),
-                                shape,
-                                precision,
-                            );
+                            let whole = 0..sequence.len();
+                            let alone = run(1, &qkv[own], std::slice::from_ref(&whole), shape, precision);
                             let part = &together[sequence.start * hidden_dim..sequence.end * hidden_dim];
                             assert_eq!(alone, part, "{path:?} {precision:?}: {sequence:?} differs alone");
                         }
@@ -374,6 +418,9 @@ mod tests {
             }
             let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
             for precision in [Precision::F32, Precision::Bf16] {
+                if precision == Precision::Bf16 && !path().has_bf16() {
+                    continue;
+                }
                 let two = pool.install(|| run(2, &qkv, &sequences, shape, precision));
                 assert_eq!(two, run(1, &qkv, &sequences, shape, precision), "{precision:?}: two threads");
             }

@@ -23,18 +23,52 @@ impl Tile {
         Tile([[0.0; PANEL_COLUMNS]; TILE_ROWS])
     }
 
-    pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
-        self.0.as_mut_ptr().cast()
+    fn target(&mut self) -> Target<f32> {
+        Target { start: self.0.as_mut_ptr().cast(), stride: PANEL_COLUMNS }
     }
 
     /// The first `count` rows.
     pub(super) fn rows(&self, count: usize) -> &[[f32; PANEL_COLUMNS]] {
         &self.0[..count]
     }
+}
 
-    /// The first `count` rows, to write.
-    pub(super) fn rows_mut(&mut self, count: usize) -> &mut [[f32; PANEL_COLUMNS]] {
-        &mut self.0[..count]
+/// Where results go: the first element, and the distance of rows, both in elements of `T`.
+#[derive(Clone, Copy)]
+pub(super) struct Target<T> {
+    pub(super) start: *mut T,
+    pub(super) stride: usize,
+}
+
+impl<T> Target<T> {
+    /// The first element of a row.
+    ///
+    /// # Safety
+    /// The row must be inside the target.
+    #[inline(always)]
+    pub(super) unsafe fn at(self, row: usize) -> *mut T {
+        // SAFETY: the caller's promise.
+        unsafe { self.start.add(row * self.stride) }
+    }
+
+    /// The target from a column on.
+    ///
+    /// # Safety
+    /// The column must be inside the target.
+    #[inline(always)]
+    pub(super) unsafe fn column(self, column: usize) -> Target<T> {
+        // SAFETY: the caller's promise.
+        Target { start: unsafe { self.start.add(column) }, stride: self.stride }
+    }
+
+    /// The first `columns` elements of a row.
+    ///
+    /// # Safety
+    /// They must be inside the target, initialised, and nobody else's while the slice lives.
+    #[inline(always)]
+    pub(super) unsafe fn row<'a>(self, row: usize, columns: usize) -> &'a mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.at(row), columns) }
     }
 }
 
@@ -78,6 +112,79 @@ fn rows_at_once(path: CpuPath, precision: Precision) -> usize {
     }
 }
 
+/// One way to compute tiles: what the CPU has, and what it needs while it computes.
+struct Kernel {
+    path: CpuPath,
+    right: Right,
+    stride_bytes: usize,
+    #[cfg(target_arch = "x86_64")]
+    session: Option<super::amx::Session>,
+}
+
+impl Kernel {
+    fn new(right: Right, stride_bytes: usize) -> Kernel {
+        let path = path();
+        #[cfg(target_arch = "x86_64")]
+        let session = (path == CpuPath::Amx && right.precision != Precision::F32).then(|| {
+            // SAFETY: the path is AMX only where it was found to be usable.
+            unsafe { super::amx::Session::start() }
+        });
+        Kernel {
+            path,
+            right,
+            stride_bytes,
+            #[cfg(target_arch = "x86_64")]
+            session,
+        }
+    }
+
+    /// Rows of each tile but the last.
+    fn height(&self, rows: usize) -> usize {
+        match rows_at_once(self.path, self.right.precision) {
+            TILE_ROWS => TILE_ROWS,
+            // Tiles of even height: a last one of a single row would cost as much as one of four.
+            most => rows.div_ceil(rows.div_ceil(most)),
+        }
+    }
+
+    /// Computes one tile.
+    ///
+    /// # Safety
+    /// As [`multiply`] for these rows and this panel, whose first bytes these are; `out` has room for the tile, [`TILE_ROWS`]
+    /// rows where the path is AMX.
+    unsafe fn tile(&self, a: *const u8, rows: usize, panel: usize, out: Target<f32>) {
+        let Kernel { path, right, stride_bytes, .. } = *self;
+        // SAFETY: the panel is one of `right` (the caller's promise).
+        let weights = unsafe { right.start.add(panel * right.panel_bytes()) };
+        #[cfg(target_arch = "x86_64")]
+        if let Some(session) = &self.session {
+            let steps = right.inputs * right.precision.element_bytes() / super::amx::STEP_BYTES;
+            // SAFETY: `inputs` is padded to whole steps (`Precision::padded`); 32 rows are readable and writable (the caller).
+            unsafe {
+                match right.precision {
+                    Precision::Bf16 => session.bf16(a, stride_bytes, weights, steps, out),
+                    _ => session.int8(a, stride_bytes, weights, steps, out),
+                }
+            }
+            return;
+        }
+        // SAFETY: rows and panel are readable, the target writable (the caller); the path is one that this CPU has.
+        unsafe {
+            match right.precision {
+                Precision::F32 => {
+                    product_f32::tile(path, a, stride_bytes, rows, weights.cast(), right.inputs, out);
+                }
+                Precision::Bf16 => {
+                    product_bf16::tile(path, a, stride_bytes, rows, weights, right.inputs / 2, out)
+                }
+                Precision::Int8 => {
+                    product_int8::tile(path, a, stride_bytes, rows, weights, right.inputs / 4, out)
+                }
+            }
+        }
+    }
+}
+
 /// Multiplies all rows of `left` with the panels in `panels` of `right` and hands each tile to `finish(tile, rows, panel)`.
 ///
 /// # Safety
@@ -87,81 +194,44 @@ pub(super) unsafe fn multiply(
     left: Left,
     right: Right,
     panels: Range<usize>,
-    mut finish: impl FnMut(&mut Tile, Range<usize>, usize),
+    mut finish: impl FnMut(&Tile, Range<usize>, usize),
 ) {
     if left.rows == 0 {
         return;
     }
-    let path = path();
-    let most = rows_at_once(path, right.precision);
-    // Tiles of even height: a last one of a single row would cost as much as one of four.
-    let tiles = left.rows.div_ceil(most);
-    let height = if most == TILE_ROWS { TILE_ROWS } else { left.rows.div_ceil(tiles) };
+    let kernel = Kernel::new(right, left.stride_bytes);
+    let height = kernel.height(left.rows);
     let mut tile = Tile::new();
-    #[cfg(target_arch = "x86_64")]
-    let session = (path == CpuPath::Amx && right.precision != Precision::F32).then(|| {
-        // SAFETY: the path is AMX only where it was found to be usable.
-        unsafe { super::amx::Session::start() }
-    });
     for panel in panels {
-        // SAFETY: the panel is one of `right` (the caller's promise).
-        let weights = unsafe { right.start.add(panel * right.panel_bytes()) };
         for first in (0..left.rows).step_by(height) {
             let rows = (left.rows - first).min(height);
-            // SAFETY: `first` is a row of `left`.
-            let a = unsafe { left.start.add(first * left.stride_bytes) };
-            #[cfg(target_arch = "x86_64")]
-            if let Some(session) = &session {
-                let steps = right.inputs * right.precision.element_bytes() / super::amx::STEP_BYTES;
-                // SAFETY: `inputs` is padded to whole steps (`Precision::padded`), and 32 rows are readable (the caller).
-                unsafe {
-                    match right.precision {
-                        Precision::Bf16 => session.bf16(a, left.stride_bytes, weights, steps, &mut tile),
-                        _ => session.int8(a, left.stride_bytes, weights, steps, &mut tile),
-                    }
-                }
-                finish(&mut tile, first..first + rows, panel);
-                continue;
-            }
-            // SAFETY: `rows` rows at `a` and one panel at `weights` are readable; the path is one that this CPU has.
+            // SAFETY: `first` is a row of `left`; the rest is the caller's promise; a tile has room for a tile.
             unsafe {
-                match right.precision {
-                    Precision::F32 => {
-                        product_f32::tile(
-                            path,
-                            a,
-                            left.stride_bytes,
-                            rows,
-                            weights.cast(),
-                            right.inputs,
-                            &mut tile,
-                        );
-                    }
-                    Precision::Bf16 => {
-                        product_bf16::tile(
-                            path,
-                            a,
-                            left.stride_bytes,
-                            rows,
-                            weights,
-                            right.inputs / 2,
-                            &mut tile,
-                        );
-                    }
-                    Precision::Int8 => {
-                        product_int8::tile(
-                            path,
-                            a,
-                            left.stride_bytes,
-                            rows,
-                            weights,
-                            right.inputs / 4,
-                            &mut tile,
-                        );
-                    }
-                }
+                kernel.tile(left.start.add(first * left.stride_bytes), rows, panel, tile.target());
             }
-            finish(&mut tile, first..first + rows, panel);
+            finish(&tile, first..first + rows, panel);
+        }
+    }
+}
+
+/// As [`multiply`], written as it is to `out`, panel `p` at column `32 * p`.
+///
+/// # Safety
+/// As [`multiply`]; `out` must have room for whole panels of all rows, and of a multiple of [`TILE_ROWS`] rows.
+pub(super) unsafe fn multiply_into(left: Left, right: Right, panels: Range<usize>, out: Target<f32>) {
+    if left.rows == 0 {
+        return;
+    }
+    let kernel = Kernel::new(right, left.stride_bytes);
+    let height = kernel.height(left.rows);
+    for panel in panels {
+        for first in (0..left.rows).step_by(height) {
+            let rows = (left.rows - first).min(height);
+            // SAFETY: `first` is a row of `left`; the rest is the caller's promise.
+            unsafe {
+                let out = Target { start: out.at(first), stride: out.stride }.column(PANEL_COLUMNS * panel);
+                kernel.tile(left.start.add(first * left.stride_bytes), rows, panel, out);
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! bf16 tiles with f32 sums: `tile[r, c] = Σ a[r, k] · panel[k, c]`, `k` in pairs. One function per CPU path, nothing else.
 
 use super::cpu::CpuPath;
-use super::product::{PANEL_COLUMNS, Tile, for_rows};
+use super::product::{PANEL_COLUMNS, Target, for_rows};
 
 /// Bytes of a panel for one pair: 32 columns of two elements.
 const PAIR_ROW_BYTES: usize = 4 * PANEL_COLUMNS;
@@ -9,7 +9,7 @@ const PAIR_ROW_BYTES: usize = 4 * PANEL_COLUMNS;
 /// Computes a tile of `rows` rows; `a` is the first row, rows are `stride_bytes` apart, `panel` is `[pairs, 32, 2]`.
 ///
 /// # Safety
-/// `2 * pairs` elements of each row and the whole panel must be readable, and the CPU must have the path.
+/// `2 * pairs` elements of each row and the whole panel must be readable, `rows` rows of 32 at `out` writable, and the CPU must have the path.
 pub(super) unsafe fn tile(
     path: CpuPath,
     a: *const u8,
@@ -17,22 +17,22 @@ pub(super) unsafe fn tile(
     rows: usize,
     panel: *const u8,
     pairs: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
-    // SAFETY: the caller's promises; a tile has room for the most rows of any path.
+    // SAFETY: the caller's promises; the target has room for all rows of the tile.
     unsafe {
         match path {
             #[cfg(target_arch = "x86_64")]
             CpuPath::Avx512Vnni | CpuPath::Amx => {
-                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_bf16(a, stride_bytes, panel, pairs, tile));
+                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_bf16(a, stride_bytes, panel, pairs, out));
             }
             #[cfg(target_arch = "x86_64")]
             CpuPath::Avx512 => {
-                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512(a, stride_bytes, panel, pairs, tile));
+                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512(a, stride_bytes, panel, pairs, out));
             }
             #[cfg(target_arch = "x86_64")]
-            CpuPath::Avx2 => for_rows!(rows, [1 2 3 4 5 6], avx2(a, stride_bytes, panel, pairs, tile)),
-            _ => portable(a, stride_bytes, rows, panel, pairs, tile),
+            CpuPath::Avx2 => for_rows!(rows, [1 2 3 4 5 6], avx2(a, stride_bytes, panel, pairs, out)),
+            _ => portable(a, stride_bytes, rows, panel, pairs, out),
         }
     }
 }
@@ -46,11 +46,11 @@ unsafe fn avx512_bf16<const ROWS: usize>(
     stride_bytes: usize,
     panel: *const u8,
     pairs: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
     use std::arch::x86_64::*;
     let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-    // SAFETY: indices stay below `pairs` and `ROWS`, which the caller promises to be readable; the tile has `ROWS` rows.
+    // SAFETY: indices stay below `pairs` and `ROWS`, which the caller promises to be readable; the target has room for `ROWS` rows.
     // The two vector types have the same size and take any bits.
     unsafe {
         let as_pairs = |bits: __m512i| std::mem::transmute::<__m512i, __m512bh>(bits);
@@ -64,10 +64,9 @@ unsafe fn avx512_bf16<const ROWS: usize>(
                 sums[1] = _mm512_dpbf16_ps(sums[1], value, high);
             }
         }
-        let out = tile.as_mut_ptr();
         for (row, sums) in sums.iter().enumerate() {
-            _mm512_store_ps(out.add(PANEL_COLUMNS * row), sums[0]);
-            _mm512_store_ps(out.add(PANEL_COLUMNS * row + 16), sums[1]);
+            _mm512_storeu_ps(out.at(row), sums[0]);
+            _mm512_storeu_ps(out.at(row).add(16), sums[1]);
         }
     }
 }
@@ -81,7 +80,7 @@ unsafe fn avx512<const ROWS: usize>(
     stride_bytes: usize,
     panel: *const u8,
     pairs: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
     use std::arch::x86_64::*;
     // SAFETY: as in `avx512_bf16`. A bf16 is the upper half of the f32 of the same value.
@@ -100,9 +99,9 @@ unsafe fn avx512<const ROWS: usize>(
                     *sum = _mm512_fmadd_ps(_mm512_set1_ps(f32::from_bits(bits & 0xffff_0000)), odd, *sum);
                 }
             }
-            let out = tile.as_mut_ptr().add(half);
+            let out = out.column(half);
             for (row, sum) in sums.iter().enumerate() {
-                _mm512_store_ps(out.add(PANEL_COLUMNS * row), *sum);
+                _mm512_storeu_ps(out.at(row), *sum);
             }
         }
     }
@@ -117,7 +116,7 @@ unsafe fn avx2<const ROWS: usize>(
     stride_bytes: usize,
     panel: *const u8,
     pairs: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
     use std::arch::x86_64::*;
     // SAFETY: as in `avx512`.
@@ -136,9 +135,9 @@ unsafe fn avx2<const ROWS: usize>(
                     *sum = _mm256_fmadd_ps(_mm256_set1_ps(f32::from_bits(bits & 0xffff_0000)), odd, *sum);
                 }
             }
-            let out = tile.as_mut_ptr().add(quarter);
+            let out = out.column(quarter);
             for (row, sum) in sums.iter().enumerate() {
-                _mm256_store_ps(out.add(PANEL_COLUMNS * row), *sum);
+                _mm256_storeu_ps(out.at(row), *sum);
             }
         }
     }
@@ -152,10 +151,10 @@ unsafe fn portable(
     rows: usize,
     panel: *const u8,
     pairs: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
-    for (row, sums) in tile.rows_mut(rows).iter_mut().enumerate() {
-        *sums = [0.0; PANEL_COLUMNS];
+    for row in 0..rows {
+        let mut sums = [0.0; PANEL_COLUMNS];
         for pair in 0..pairs {
             // SAFETY: as in `avx512_bf16`.
             let (bits, weights) = unsafe {
@@ -170,5 +169,7 @@ unsafe fn portable(
                 *sum += odd * f32::from_bits(weight & 0xffff_0000);
             }
         }
+        // SAFETY: a row of the target.
+        unsafe { out.row(row, PANEL_COLUMNS) }.copy_from_slice(&sums);
     }
 }

@@ -1,12 +1,12 @@
 //! Single-precision tiles: `tile[r, c] = Σ a[r, k] · panel[k, c]`. One function per CPU path, nothing else.
 
 use super::cpu::CpuPath;
-use super::product::{PANEL_COLUMNS, Tile, for_rows};
+use super::product::{PANEL_COLUMNS, Target, for_rows};
 
 /// Computes a tile of `rows` rows; `a` is the first row, rows are `stride_bytes` apart, `panel` is `[k, 32]`.
 ///
 /// # Safety
-/// `k` floats of each row and the whole panel must be readable, and the CPU must have the path.
+/// `k` floats of each row and the whole panel must be readable, `rows` rows of 32 at `out` writable, and the CPU must have the path.
 pub(super) unsafe fn tile(
     path: CpuPath,
     a: *const u8,
@@ -14,18 +14,18 @@ pub(super) unsafe fn tile(
     rows: usize,
     panel: *const f32,
     k: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
-    // SAFETY: the caller's promises; a tile has room for the most rows of any path.
+    // SAFETY: the caller's promises; the target has room for all rows of the tile.
     unsafe {
         match path {
             #[cfg(target_arch = "x86_64")]
             CpuPath::Avx512 | CpuPath::Avx512Vnni | CpuPath::Amx => {
-                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512(a, stride_bytes, panel, k, tile));
+                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512(a, stride_bytes, panel, k, out));
             }
             #[cfg(target_arch = "x86_64")]
-            CpuPath::Avx2 => for_rows!(rows, [1 2 3 4 5 6], avx2(a, stride_bytes, panel, k, tile)),
-            _ => portable(a, stride_bytes, rows, panel, k, tile),
+            CpuPath::Avx2 => for_rows!(rows, [1 2 3 4 5 6], avx2(a, stride_bytes, panel, k, out)),
+            _ => portable(a, stride_bytes, rows, panel, k, out),
         }
     }
 }
@@ -39,11 +39,11 @@ unsafe fn avx512<const ROWS: usize>(
     stride_bytes: usize,
     panel: *const f32,
     k: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
     use std::arch::x86_64::*;
     let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-    // SAFETY: indices stay below `k` and `ROWS`, which the caller promises to be readable; the tile has `ROWS` rows.
+    // SAFETY: indices stay below `k` and `ROWS`, which the caller promises to be readable; the target has room for `ROWS` rows.
     unsafe {
         for step in 0..k {
             let low = _mm512_loadu_ps(panel.add(PANEL_COLUMNS * step));
@@ -54,10 +54,9 @@ unsafe fn avx512<const ROWS: usize>(
                 sums[1] = _mm512_fmadd_ps(value, high, sums[1]);
             }
         }
-        let out = tile.as_mut_ptr();
         for (row, sums) in sums.iter().enumerate() {
-            _mm512_store_ps(out.add(PANEL_COLUMNS * row), sums[0]);
-            _mm512_store_ps(out.add(PANEL_COLUMNS * row + 16), sums[1]);
+            _mm512_storeu_ps(out.at(row), sums[0]);
+            _mm512_storeu_ps(out.at(row).add(16), sums[1]);
         }
     }
 }
@@ -71,7 +70,7 @@ unsafe fn avx2<const ROWS: usize>(
     stride_bytes: usize,
     panel: *const f32,
     k: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
     use std::arch::x86_64::*;
     // SAFETY: as in `avx512`.
@@ -87,10 +86,9 @@ unsafe fn avx2<const ROWS: usize>(
                     sums[1] = _mm256_fmadd_ps(value, high, sums[1]);
                 }
             }
-            let out = tile.as_mut_ptr().add(half);
             for (row, sums) in sums.iter().enumerate() {
-                _mm256_store_ps(out.add(PANEL_COLUMNS * row), sums[0]);
-                _mm256_store_ps(out.add(PANEL_COLUMNS * row + 8), sums[1]);
+                _mm256_storeu_ps(out.at(row).add(half), sums[0]);
+                _mm256_storeu_ps(out.at(row).add(half + 8), sums[1]);
             }
         }
     }
@@ -104,10 +102,10 @@ unsafe fn portable(
     rows: usize,
     panel: *const f32,
     k: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
-    for (row, sums) in tile.rows_mut(rows).iter_mut().enumerate() {
-        *sums = [0.0; PANEL_COLUMNS];
+    for row in 0..rows {
+        let mut sums = [0.0; PANEL_COLUMNS];
         for step in 0..k {
             // SAFETY: as in `avx512`.
             let (value, weights) = unsafe {
@@ -120,5 +118,7 @@ unsafe fn portable(
                 *sum += value * weight;
             }
         }
+        // SAFETY: a row of the target.
+        unsafe { out.row(row, PANEL_COLUMNS) }.copy_from_slice(&sums);
     }
 }

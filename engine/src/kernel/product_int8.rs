@@ -2,7 +2,7 @@
 //! paths agree bit for bit. One function per CPU path, nothing else.
 
 use super::cpu::CpuPath;
-use super::product::{PANEL_COLUMNS, Tile, for_rows};
+use super::product::{PANEL_COLUMNS, Target, for_rows};
 
 /// Bytes of a panel for four elements of `k`: 32 columns of four.
 const QUAD_ROW_BYTES: usize = 4 * PANEL_COLUMNS;
@@ -11,7 +11,7 @@ const QUAD_ROW_BYTES: usize = 4 * PANEL_COLUMNS;
 /// holds the bits of the sums.
 ///
 /// # Safety
-/// `4 * quads` bytes of each row and the whole panel must be readable, and the CPU must have the path.
+/// `4 * quads` bytes of each row and the whole panel must be readable, `rows` rows of 32 at `out` writable, and the CPU must have the path.
 pub(super) unsafe fn tile(
     path: CpuPath,
     a: *const u8,
@@ -19,20 +19,20 @@ pub(super) unsafe fn tile(
     rows: usize,
     panel: *const u8,
     quads: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
-    // SAFETY: the caller's promises; a tile has room for the most rows of any path.
+    // SAFETY: the caller's promises; the target has room for all rows of the tile.
     unsafe {
         match path {
             #[cfg(target_arch = "x86_64")]
             CpuPath::Avx512Vnni | CpuPath::Amx => {
-                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_vnni(a, stride_bytes, panel, quads, tile));
+                for_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_vnni(a, stride_bytes, panel, quads, out));
             }
             #[cfg(target_arch = "x86_64")]
             CpuPath::Avx2 | CpuPath::Avx512 => {
-                for_rows!(rows, [1 2 3 4], avx2(a, stride_bytes, panel, quads, tile));
+                for_rows!(rows, [1 2 3 4], avx2(a, stride_bytes, panel, quads, out));
             }
-            _ => portable(a, stride_bytes, rows, panel, quads, tile),
+            _ => portable(a, stride_bytes, rows, panel, quads, out),
         }
     }
 }
@@ -46,11 +46,11 @@ unsafe fn avx512_vnni<const ROWS: usize>(
     stride_bytes: usize,
     panel: *const u8,
     quads: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
     use std::arch::x86_64::*;
     let mut sums = [[_mm512_setzero_si512(); 2]; ROWS];
-    // SAFETY: indices stay below `quads` and `ROWS`, which the caller promises to be readable; the tile has `ROWS` rows.
+    // SAFETY: indices stay below `quads` and `ROWS`, which the caller promises to be readable; the target has room for `ROWS` rows.
     unsafe {
         for quad in 0..quads {
             let low = _mm512_loadu_si512(panel.add(QUAD_ROW_BYTES * quad).cast());
@@ -62,10 +62,9 @@ unsafe fn avx512_vnni<const ROWS: usize>(
                 sums[1] = _mm512_dpbusd_epi32(sums[1], value, high);
             }
         }
-        let out = tile.as_mut_ptr();
         for (row, sums) in sums.iter().enumerate() {
-            _mm512_store_si512(out.add(PANEL_COLUMNS * row).cast(), sums[0]);
-            _mm512_store_si512(out.add(PANEL_COLUMNS * row + 16).cast(), sums[1]);
+            _mm512_storeu_si512(out.at(row).cast(), sums[0]);
+            _mm512_storeu_si512(out.at(row).add(16).cast(), sums[1]);
         }
     }
 }
@@ -81,12 +80,11 @@ unsafe fn avx2<const ROWS: usize>(
     stride_bytes: usize,
     panel: *const u8,
     quads: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
     use std::arch::x86_64::*;
     // SAFETY: as in `avx512_vnni`; a group is 4 columns, 16 bytes, of a panel's row.
     unsafe {
-        let out = tile.as_mut_ptr().cast::<i32>();
         for group in (0..PANEL_COLUMNS).step_by(8) {
             let mut sums = [[_mm256_setzero_si256(); 2]; ROWS];
             for quad in 0..quads {
@@ -103,7 +101,7 @@ unsafe fn avx2<const ROWS: usize>(
             for (row, sums) in sums.iter().enumerate() {
                 // Neighbours are halves of one column's sum; the addition across lanes leaves columns 0 1 4 5 | 2 3 6 7.
                 let both = _mm256_permute4x64_epi64::<0b1101_1000>(_mm256_hadd_epi32(sums[0], sums[1]));
-                _mm256_storeu_si256(out.add(PANEL_COLUMNS * row + group).cast(), both);
+                _mm256_storeu_si256(out.at(row).add(group).cast(), both);
             }
         }
     }
@@ -117,9 +115,9 @@ unsafe fn portable(
     rows: usize,
     panel: *const u8,
     quads: usize,
-    tile: &mut Tile,
+    out: Target<f32>,
 ) {
-    for (row, out) in tile.rows_mut(rows).iter_mut().enumerate() {
+    for row in 0..rows {
         let mut sums = [0i32; PANEL_COLUMNS];
         for quad in 0..quads {
             // SAFETY: as in `avx512_vnni`.
@@ -135,6 +133,8 @@ unsafe fn portable(
                 }
             }
         }
-        *out = sums.map(|sum| f32::from_bits(sum as u32));
+        let bits = sums.map(|sum| f32::from_bits(sum as u32));
+        // SAFETY: a row of the target.
+        unsafe { out.row(row, PANEL_COLUMNS) }.copy_from_slice(&bits);
     }
 }

@@ -1,7 +1,6 @@
-//! Row kernels: bias, activations, layer norm, softmax, pooling. Plain loops, compiled once per CPU path.
+//! Row kernels: layer norm, softmax, quantisation, pooling, and the functions in them. Plain loops, compiled once per CPU path.
 
 use super::cpu::{CpuPath, path};
-use crate::config::Activation;
 use crate::packing::PANEL_COLUMNS;
 
 /// Floats that one step of a loop handles; sums keep this many partial sums whatever the CPU's width.
@@ -66,9 +65,11 @@ macro_rules! per_cpu_unsafe {
     };
 }
 
+pub(super) use per_cpu_unsafe;
+
 /// `a * b + c`, fused where the CPU does that in one instruction (elsewhere it would be a slow call).
 #[inline(always)]
-fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+pub(super) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
@@ -106,13 +107,13 @@ fn erf<const FMA: bool>(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn gelu_erf<const FMA: bool>(x: f32) -> f32 {
+pub(super) fn gelu_erf<const FMA: bool>(x: f32) -> f32 {
     0.5 * x * (1.0 + erf::<FMA>(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
 /// `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`, by way of the identity `(1 + tanh y)/2 = 1/(1 + e^-2y)`.
 #[inline(always)]
-fn gelu_tanh<const FMA: bool>(x: f32) -> f32 {
+pub(super) fn gelu_tanh<const FMA: bool>(x: f32) -> f32 {
     let y = 0.797_884_6 * x * fma::<FMA>(0.044_715 * x, x, 1.0);
     x / (1.0 + exp::<FMA>(-2.0 * y))
 }
@@ -144,94 +145,9 @@ fn sum_of(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sum(lanes)
 }
 
-/// Where a tile goes: the first of its elements, and the distance of rows, both in elements of `T`.
-#[derive(Clone, Copy)]
-pub(super) struct Target<T> {
-    pub(super) start: *mut T,
-    pub(super) stride: usize,
-}
-
-impl<T> Target<T> {
-    /// # Safety
-    /// `columns` elements of `row` must be inside the target and nobody else's while the slice lives.
-    #[inline(always)]
-    unsafe fn row<'a>(self, row: usize, columns: usize) -> &'a mut [T] {
-        // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), columns) }
-    }
-}
-
-/// # Safety
-/// The tile's rows, as long as `bias`, must be inside `out` and nobody else's.
-#[inline(always)]
-unsafe fn store_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], bias: &[f32], out: Target<f32>) {
-    for (row, values) in tile.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        let out = unsafe { out.row(row, bias.len()) };
-        for ((out, value), bias) in out.iter_mut().zip(values).zip(bias) {
-            *out = value + bias;
-        }
-    }
-}
-
-/// # Safety
-/// As [`store_body`].
-#[inline(always)]
-unsafe fn add_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], bias: &[f32], out: Target<f32>) {
-    for (row, values) in tile.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        let out = unsafe { out.row(row, bias.len()) };
-        for ((out, value), bias) in out.iter_mut().zip(values).zip(bias) {
-            *out += value + bias;
-        }
-    }
-}
-
-#[inline(always)]
-fn activate_body<const FMA: bool>(tile: &mut [[f32; PANEL_COLUMNS]], bias: &[f32], activation: Activation) {
-    #[inline(always)]
-    fn each(tile: &mut [[f32; PANEL_COLUMNS]], bias: &[f32], f: impl Fn(f32) -> f32) {
-        let mut padded = [0.0; PANEL_COLUMNS];
-        padded[..bias.len()].copy_from_slice(bias);
-        for row in tile {
-            for (value, bias) in row.iter_mut().zip(padded) {
-                *value = f(*value + bias);
-            }
-        }
-    }
-    match activation {
-        Activation::GeluErf => each(tile, bias, gelu_erf::<FMA>),
-        Activation::GeluTanh => each(tile, bias, gelu_tanh::<FMA>),
-        Activation::Relu => each(tile, bias, |x| x.max(0.0)),
-    }
-}
-
-/// # Safety
-/// The first `columns` of the tile's rows must be inside `out` and nobody else's.
-#[inline(always)]
-unsafe fn copy_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], columns: usize, out: Target<f32>) {
-    for (row, values) in tile.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { out.row(row, columns) }.copy_from_slice(&values[..columns]);
-    }
-}
-
-/// # Safety
-/// As [`copy_body`].
-#[inline(always)]
-unsafe fn copy_bf16_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], columns: usize, out: Target<u16>) {
-    for (row, values) in tile.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        let out = unsafe { out.row(row, columns) };
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = bf16(*value);
-        }
-    }
-}
-
 /// The nearest bf16, ties to even; the upper half of the f32's bits. NaN stays NaN when it is a quiet one.
 #[inline(always)]
-fn bf16(value: f32) -> u16 {
+pub(super) fn bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
 }
@@ -244,13 +160,19 @@ fn to_bf16_body<const FMA: bool>(row: &[f32], out: &mut [u16]) {
 }
 
 #[inline(always)]
-fn pair_rows_body<const FMA: bool>(out: &mut [u32], even: &[f32], odd: &[f32]) {
+fn pair_rows_body<const FMA: bool>(out: &mut [u32], even: &[u16], odd: &[u16]) {
+    if even.len() == PANEL_COLUMNS && odd.len() == PANEL_COLUMNS && out.len() == PANEL_COLUMNS {
+        for ((out, even), odd) in out.iter_mut().zip(even).zip(odd) {
+            *out = u32::from(*even) | u32::from(*odd) << 16;
+        }
+        return;
+    }
     out.fill(0);
     for (out, value) in out.iter_mut().zip(even) {
-        *out = u32::from(bf16(*value));
+        *out = u32::from(*value);
     }
     for (out, value) in out.iter_mut().zip(odd) {
-        *out |= u32::from(bf16(*value)) << 16;
+        *out |= u32::from(*value) << 16;
     }
 }
 
@@ -311,24 +233,6 @@ fn quantize_body<const FMA: bool>(row: &[f32], out: &mut [u8], scale_and_zero: &
 }
 
 #[inline(always)]
-fn dequantize_body<const FMA: bool>(
-    tile: &mut [[f32; PANEL_COLUMNS]],
-    rows: &[[f32; 2]],
-    scales: &[f32],
-    sums: &[f32],
-) {
-    let mut padded = [[0.0; PANEL_COLUMNS]; 2];
-    padded[0][..scales.len()].copy_from_slice(scales);
-    padded[1][..sums.len()].copy_from_slice(sums);
-    for (row, [scale, zero]) in tile.iter_mut().zip(rows) {
-        for ((value, weight), sum) in row.iter_mut().zip(&padded[0]).zip(&padded[1]) {
-            let product = value.to_bits() as i32 as f32;
-            *value = fma::<FMA>(product, scale * weight, zero * sum);
-        }
-    }
-}
-
-#[inline(always)]
 fn norm_body<const FMA: bool>(row: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
     let count = row.len() as f32;
     let mean = sum_of(row, |x| x) / count;
@@ -354,7 +258,7 @@ fn embed_body<const FMA: bool>(
 }
 
 #[inline(always)]
-fn softmax_body<const FMA: bool>(row: &mut [f32], scale: f32) {
+fn softmax_body<const FMA: bool>(row: &mut [f32], scale: f32) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
@@ -366,13 +270,19 @@ fn softmax_body<const FMA: bool>(row: &mut [f32], scale: f32) {
         *lane = if *value > *lane { *value } else { *lane };
     }
     let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max) * scale;
-    for value in row.iter_mut() {
+    let mut lanes = [0.0; LANES];
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *value = exp::<FMA>(fma::<FMA>(*value, scale, -largest));
+            *lane += *value;
+        }
+    }
+    for (lane, value) in lanes.iter_mut().zip(rest) {
         *value = exp::<FMA>(fma::<FMA>(*value, scale, -largest));
+        *lane += *value;
     }
-    let factor = 1.0 / sum_of(row, |x| x);
-    for value in row.iter_mut() {
-        *value *= factor;
-    }
+    1.0 / sum(lanes)
 }
 
 #[inline(always)]
@@ -404,45 +314,13 @@ fn unit_body<const FMA: bool>(row: &mut [f32]) {
     }
 }
 
-per_cpu_unsafe! {
-    /// `out = tile + bias`, as many columns as `bias` has.
-    ///
-    /// # Safety
-    /// These columns of the tile's rows must be inside `out` and nobody else's.
-    pub(super) unsafe fn store_biased(tile: &[[f32; PANEL_COLUMNS]], bias: &[f32], out: Target<f32>) = store_body
-}
-per_cpu_unsafe! {
-    /// `out += tile + bias`, as many columns as `bias` has.
-    ///
-    /// # Safety
-    /// As [`store_biased`].
-    pub(super) unsafe fn add_biased(tile: &[[f32; PANEL_COLUMNS]], bias: &[f32], out: Target<f32>) = add_body
-}
-per_cpu! {
-    /// `tile = activation(tile + bias)`.
-    pub(super) fn activate(tile: &mut [[f32; PANEL_COLUMNS]], bias: &[f32], activation: Activation) = activate_body
-}
-per_cpu_unsafe! {
-    /// Copies the first `columns` of a tile.
-    ///
-    /// # Safety
-    /// As [`store_biased`].
-    pub(super) unsafe fn copy_tile(tile: &[[f32; PANEL_COLUMNS]], columns: usize, out: Target<f32>) = copy_body
-}
-per_cpu_unsafe! {
-    /// Copies the first `columns` of a tile as bf16.
-    ///
-    /// # Safety
-    /// As [`store_biased`].
-    pub(super) unsafe fn copy_tile_bf16(tile: &[[f32; PANEL_COLUMNS]], columns: usize, out: Target<u16>) = copy_bf16_body
-}
 per_cpu! {
     /// The nearest bf16 of each number.
     pub(super) fn to_bf16(row: &[f32], out: &mut [u16]) = to_bf16_body
 }
 per_cpu! {
-    /// Pairs of bf16, `even` in the lower halves; zeros where a row has ended.
-    pub(super) fn pair_rows(out: &mut [u32], even: &[f32], odd: &[f32]) = pair_rows_body
+    /// Pairs of 16-bit words, `even` in the lower halves; zeros where a row has ended.
+    pub(super) fn pair_rows(out: &mut [u32], even: &[u16], odd: &[u16]) = pair_rows_body
 }
 per_cpu_unsafe! {
     /// `out[column][row] = source[row][column]` for up to 32 rows, zeros behind the last.
@@ -456,11 +334,6 @@ per_cpu! {
     pub(super) fn quantize_row(row: &[f32], out: &mut [u8], scale_and_zero: &mut [f32; 2]) = quantize_body
 }
 per_cpu! {
-    /// Integer products to numbers: `scale * scales[c] * product + zero * sums[c]`, with `[scale, zero]` of each row, and of
-    /// each column the scale and the sum of its weights times that scale.
-    pub(super) fn dequantize(tile: &mut [[f32; PANEL_COLUMNS]], rows: &[[f32; 2]], scales: &[f32], sums: &[f32]) = dequantize_body
-}
-per_cpu! {
     /// `row = norm(row)`: weight, bias and epsilon of the layer norm.
     pub(super) fn norm_row(row: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) = norm_body
 }
@@ -469,8 +342,8 @@ per_cpu! {
     pub(crate) fn embed_row(row: &mut [f32], word: &[f32], kind: &[f32], position: &[f32], norm: (&[f32], &[f32], f32)) = embed_body
 }
 per_cpu! {
-    /// Softmax of `scale * row`.
-    pub(super) fn softmax_row(row: &mut [f32], scale: f32) = softmax_body
+    /// Softmax of `scale * row`, less a factor that is the result: the rows of the next product are fewer numbers to multiply.
+    pub(super) fn softmax_row(row: &mut [f32], scale: f32) -> f32 = softmax_body
 }
 per_cpu! {
     /// `out += row`.
@@ -537,8 +410,8 @@ mod tests {
     fn softmax_sums_to_one_at_any_length_and_scale() {
         for len in 1..70usize {
             let mut row: Vec<f32> = (0..len).map(|index| (index as f32 * 7.7).sin() * 300.0).collect();
-            softmax_row(&mut row, 0.3);
-            let total: f32 = row.iter().sum();
+            let factor = softmax_row(&mut row, 0.3);
+            let total = factor * row.iter().sum::<f32>();
             assert!((total - 1.0).abs() < 1e-5 && row.iter().all(|x| x.is_finite()), "{len}: {total}");
         }
     }

@@ -1,14 +1,14 @@
 //! The layers, step by step, for texts that one team has. Every step writes rows or columns that belong to one member.
 
-use super::super::attention::attention;
+use super::super::attention::{Context, attention};
 use super::super::cpu::path;
-use super::super::product::{Left, PANEL_COLUMNS, Right, Tile, multiply};
+use super::super::finish::{Dequantize, Finish, Out, finish_exactly};
+#[cfg(target_arch = "x86_64")]
+use super::super::narrow::{finish_narrowly, scale_narrowly};
+use super::super::product::{Left, PANEL_COLUMNS, Right, Target, Tile, multiply};
 use super::super::scratch::Place;
 use super::super::team::Member;
-use super::super::vector::{
-    Target, activate, add_biased, copy_tile, copy_tile_bf16, dequantize, embed_row, norm_row, quantize_row,
-    store_biased, to_bf16,
-};
+use super::super::vector::{embed_row, norm_row, quantize_row, to_bf16};
 use super::scratch::Places;
 use super::weights::{EmbeddingWeights, EncoderWeights, LinearWeights, Lookup, NormWeights};
 use crate::packing::{Packing, Precision};
@@ -27,13 +27,14 @@ pub(super) struct Group<'a> {
     pub(super) scratch: Places,
 }
 
-/// What happens to a product.
-enum Finish {
-    /// The bias is added, stored at the place, rows of so many elements.
-    Store(Place, usize),
-    /// The bias and the hidden state are added, stored there.
+/// What happens to a product, once its bias is added.
+#[derive(Clone, Copy)]
+enum Then {
+    /// It is stored at the place, for attention.
+    Store(Place, Precision),
+    /// The hidden state is added and takes the sum.
     AddToHidden,
-    /// The bias is added and the activation applied; stored for the next product.
+    /// The activation is applied; stored for the next product.
     Activate,
 }
 
@@ -44,9 +45,15 @@ impl Group<'_> {
     pub(super) unsafe fn run(&self, member: &Member<'_>) {
         let width = self.encoder.width();
         let precision = self.encoder.precision;
-        let attention_precision =
-            if precision != Precision::F32 && path().has_bf16() { Precision::Bf16 } else { Precision::F32 };
+        let attention_precision = if self.is_narrow() { Precision::Bf16 } else { Precision::F32 };
         let scratch = &self.scratch;
+        let context = match precision {
+            // Goes into the next product as it is.
+            Precision::Bf16 if self.is_narrow() => {
+                Context::Narrow(scratch.narrow_left, precision.padded(width))
+            }
+            _ => Context::Float(scratch.context),
+        };
         let rows = member.part(self.tokens.len(), ROW_BLOCK);
         // SAFETY: each step writes rows or columns that `part`, `tasks` or the panels give to one member only, and reads what
         // was written before the last meeting, or what this member wrote itself.
@@ -59,12 +66,12 @@ impl Group<'_> {
                     member,
                     &layer.qkv,
                     self.left(self.hidden_rows(), scratch.narrow_left, width),
-                    Finish::Store(scratch.qkv, 3 * width),
+                    Then::Store(scratch.qkv, attention_precision),
                 );
                 member.meet();
                 attention(
                     member,
-                    scratch.context,
+                    context,
                     scratch.qkv,
                     self.sequences,
                     self.first_token,
@@ -72,7 +79,7 @@ impl Group<'_> {
                     attention_precision,
                 );
                 member.meet();
-                if precision != Precision::F32 {
+                if precision != Precision::F32 && matches!(context, Context::Float(_)) {
                     self.narrow(scratch.context.at(0), scratch.narrow_left, width, rows.clone());
                     member.meet();
                 }
@@ -80,7 +87,7 @@ impl Group<'_> {
                     member,
                     &layer.attention_output,
                     self.left(scratch.context.at(0), scratch.narrow_left, width),
-                    Finish::AddToHidden,
+                    Then::AddToHidden,
                 );
                 member.meet();
                 self.norm(&layer.attention_norm, rows.clone());
@@ -90,7 +97,7 @@ impl Group<'_> {
                     member,
                     &layer.intermediate,
                     self.left(self.hidden_rows(), scratch.narrow_left, width),
-                    Finish::Activate,
+                    Then::Activate,
                 );
                 member.meet();
                 if precision == Precision::Int8 {
@@ -101,12 +108,17 @@ impl Group<'_> {
                     member,
                     &layer.output,
                     self.left(scratch.wide.at(0), scratch.wide_left, self.encoder.wide),
-                    Finish::AddToHidden,
+                    Then::AddToHidden,
                 );
                 member.meet();
                 self.norm(&layer.output_norm, rows.clone());
             }
         }
+    }
+
+    /// Whether what follows products need be no more accurate than bf16, and the CPU has instructions for it.
+    fn is_narrow(&self) -> bool {
+        self.encoder.precision != Precision::F32 && path().has_bf16()
     }
 
     /// The group's first row of the hidden state.
@@ -119,18 +131,16 @@ impl Group<'_> {
     unsafe fn embed(&self, rows: Range<usize>) {
         let width = self.encoder.width();
         let EmbeddingWeights { words, kinds, positions, norm } = self.encoder.embeddings;
-        let of = |table: &'_ [f32], index: u32| {
-            index as usize * width..(index as usize + 1) * width.min(table.len())
-        };
+        let of = |index: u32| index as usize * width..(index as usize + 1) * width;
         for row in rows {
             let token = self.tokens[row];
             // SAFETY: the caller's promise.
             let out = unsafe { self.hidden.slice::<f32>((self.first_token + row) * width, width) };
             embed_row(
                 out,
-                &words[of(words, token.word)],
-                &kinds[of(kinds, token.kind)],
-                &positions[of(positions, token.position)],
+                &words[of(token.word)],
+                &kinds[of(token.kind)],
+                &positions[of(token.position)],
                 (norm.weight, norm.bias, norm.eps),
             );
         }
@@ -159,6 +169,10 @@ impl Group<'_> {
                 let values = std::slice::from_raw_parts(source.add(row * width), width);
                 match self.encoder.precision {
                     Precision::F32 => {}
+                    #[cfg(target_arch = "x86_64")]
+                    Precision::Bf16 if self.is_narrow() => {
+                        scale_narrowly(values, 1.0, left.slice(row * stride, width));
+                    }
                     Precision::Bf16 => to_bf16(values, left.slice(row * stride, width)),
                     Precision::Int8 => {
                         let scales = &mut self.scratch.row_scales.slice::<[f32; 2]>(row, 1)[0];
@@ -186,44 +200,48 @@ impl Group<'_> {
     ///
     /// # Safety
     /// The left side must be complete; what the product writes must be touched by nobody but members that do the same step.
-    unsafe fn product(&self, member: &Member<'_>, linear: &LinearWeights<'_>, left: Left, finish: Finish) {
+    unsafe fn product(&self, member: &Member<'_>, linear: &LinearWeights<'_>, left: Left, then: Then) {
         let precision = self.encoder.precision;
+        let is_narrow = self.is_narrow();
         let right =
             Right { start: linear.panels.as_ptr(), precision, inputs: precision.padded(linear.inputs) };
         let panels = member.part(linear.outputs.div_ceil(PANEL_COLUMNS), 1);
-        let done = |tile: &mut Tile, rows: Range<usize>, panel: usize| {
+        let done = |tile: &Tile, rows: Range<usize>, panel: usize| {
             let columns = panel * PANEL_COLUMNS..((panel + 1) * PANEL_COLUMNS).min(linear.outputs);
-            let tile = tile.rows_mut(rows.len());
-            if precision == Precision::Int8 {
+            let dequantize = (precision == Precision::Int8).then(|| Dequantize {
                 // SAFETY: the left side is complete, so its scales are, and nobody writes them now.
-                let scales = unsafe { self.scratch.row_scales.slice::<[f32; 2]>(rows.start, rows.len()) };
-                dequantize(tile, scales, &linear.scales[columns.clone()], &linear.sums[columns.clone()]);
-            }
-            let bias = &linear.bias[columns.clone()];
-            let target = |place: Place, width: usize| Target {
-                start: place.at::<f32>(rows.start * width + columns.start),
-                stride: width,
+                rows: unsafe { self.scratch.row_scales.slice::<[f32; 2]>(rows.start, rows.len()) },
+                scales: &linear.scales[columns.clone()],
+                sums: &linear.sums[columns.clone()],
+            });
+            let floats = |place: Place, first_row: usize, stride: usize| Target {
+                start: place.at::<f32>((first_row + rows.start) * stride + columns.start),
+                stride,
             };
-            // SAFETY: these columns are this member's, and the places have room for all rows of all columns.
-            unsafe {
-                match finish {
-                    Finish::Store(place, width) => store_biased(tile, bias, target(place, width)),
-                    Finish::AddToHidden => {
-                        let width = self.encoder.width();
-                        let start = self.hidden.at((self.first_token + rows.start) * width + columns.start);
-                        add_biased(tile, bias, Target { start, stride: width });
-                    }
-                    Finish::Activate => {
-                        activate(tile, bias, self.encoder.activation);
-                        if precision == Precision::Bf16 {
-                            let stride = precision.padded(linear.outputs);
-                            let start = self.scratch.wide_left.at(rows.start * stride + columns.start);
-                            copy_tile_bf16(tile, columns.len(), Target { start, stride });
-                        } else {
-                            copy_tile(tile, columns.len(), target(self.scratch.wide, linear.outputs));
-                        }
-                    }
+            let halves = |place: Place, stride: usize| {
+                let start = place.at::<u16>(rows.start * stride + columns.start);
+                Out::Narrow(Target { start, stride })
+            };
+            let out = match then {
+                Then::Store(place, Precision::F32) => Out::Store(floats(place, 0, linear.outputs)),
+                Then::Store(place, _) => halves(place, linear.outputs),
+                Then::AddToHidden => Out::Add(floats(self.hidden, self.first_token, self.encoder.width())),
+                Then::Activate if precision == Precision::Bf16 => {
+                    halves(self.scratch.wide_left, precision.padded(linear.outputs))
                 }
+                Then::Activate => Out::Store(floats(self.scratch.wide, 0, linear.outputs)),
+            };
+            let activation = matches!(then, Then::Activate).then_some(self.encoder.activation);
+            let finish = Finish { dequantize, bias: &linear.bias[columns.clone()], activation, out };
+            let tile = tile.rows(rows.len());
+            // SAFETY: these columns are this member's, and the places have room for all rows of all columns; the path has bf16
+            // where `is_narrow` says so.
+            unsafe {
+                #[cfg(target_arch = "x86_64")]
+                if is_narrow {
+                    return finish_narrowly(tile, finish);
+                }
+                finish_exactly(tile, finish);
             }
         };
         // SAFETY: panels were checked against the dimensions, rows of the left side have room behind them in the scratch; f32

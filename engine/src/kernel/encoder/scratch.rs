@@ -1,6 +1,7 @@
 //! Memory for the activations of some tokens, kept between calls. No arithmetic.
 
 use super::super::attention::release_scratch;
+use super::super::cpu::path;
 use super::super::product::TILE_ROWS;
 use super::super::scratch::{Block, Place};
 use super::weights::EncoderWeights;
@@ -26,9 +27,13 @@ impl Scratch {
     fn row_bytes(encoder: &EncoderWeights<'_>) -> [usize; 5] {
         let (width, wide) = (encoder.width(), encoder.wide);
         let left = |inputs: usize| encoder.precision.padded(inputs) * encoder.precision.element_bytes();
+        // As `Group::run` uses them.
+        let is_narrow = path().has_bf16();
         match encoder.precision {
             Precision::F32 => [12 * width, 4 * width, 4 * wide, 0, 0],
+            Precision::Bf16 if is_narrow => [6 * width, 0, 0, left(width), left(wide)],
             Precision::Bf16 => [12 * width, 4 * width, 0, left(width), left(wide)],
+            Precision::Int8 if is_narrow => [6 * width, 4 * width, 4 * wide, left(width), left(wide)],
             Precision::Int8 => [12 * width, 4 * width, 4 * wide, left(width), left(wide)],
         }
     }
