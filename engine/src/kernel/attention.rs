@@ -4,7 +4,7 @@
 //! `product`. In f32, or in bf16 with f32 sums and an f32 softmax.
 
 #[cfg(target_arch = "x86_64")]
-use super::narrow::{scale_narrowly, softmax_narrowly};
+use super::avx512::{scale_narrowly, softmax_narrowly};
 use super::product::{Left, PANEL_COLUMNS, Precision, Right, TILE_ROWS, Target, multiply, multiply_into};
 use super::scratch::{Block, Place};
 use super::team::Member;

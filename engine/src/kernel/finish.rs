@@ -1,5 +1,5 @@
-//! What follows a product, in one pass over its tile: scales of int8, bias, activation, and where the result goes. The variant
-//! for CPUs with bf16 instructions is in `narrow`; this one is exact to f32 and serves all others.
+//! What follows a product, while its tile is in the cache: scales of int8, bias, activation, and where the result goes. The
+//! variants for AVX-512 are in `avx512`; the one here serves all others.
 
 use super::cpu::{CpuPath, path};
 use super::product::{PANEL_COLUMNS, Target};
@@ -38,12 +38,12 @@ pub(super) struct Finish<'a> {
     pub(super) out: Out,
 }
 
-/// Finishes a tile exactly to f32.
+/// Finishes a tile, whose numbers are used up.
 ///
 /// # Safety
 /// As many columns as there are biases of all the tile's rows must be inside `out` and nobody else's.
 #[inline(always)]
-unsafe fn exact_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], finish: Finish<'_>) {
+unsafe fn exact_body<const FMA: bool>(tile: &mut [[f32; PANEL_COLUMNS]], finish: Finish<'_>) {
     let Finish { dequantize, bias, activation, out } = finish;
     let columns = bias.len();
     let padded = |values: &[f32]| {
@@ -51,35 +51,43 @@ unsafe fn exact_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], finish: Fin
         padded[..columns].copy_from_slice(values);
         padded
     };
-    let bias = padded(bias);
-    let of_columns = dequantize.map(|all| (padded(all.scales), padded(all.sums)));
-    for (row, values) in tile.iter().enumerate() {
-        let mut values = *values;
-        if let (Some(all), Some((scales, sums))) = (&dequantize, &of_columns) {
-            let [scale, zero] = all.rows[row];
-            for ((value, weight), sum) in values.iter_mut().zip(scales).zip(sums) {
+    if let Some(Dequantize { rows, scales, sums }) = dequantize {
+        let (scales, sums) = (padded(scales), padded(sums));
+        for (row, [scale, zero]) in tile.iter_mut().zip(rows) {
+            for ((value, weight), sum) in row.iter_mut().zip(&scales).zip(&sums) {
                 let product = value.to_bits() as i32 as f32;
                 *value = fma::<FMA>(product, scale * weight, zero * sum);
             }
         }
-        values.iter_mut().zip(&bias).for_each(|(value, bias)| *value += bias);
-        match activation {
-            None => {}
-            Some(Activation::GeluErf) => values.iter_mut().for_each(|x| *x = gelu_erf::<FMA>(*x)),
-            Some(Activation::GeluTanh) => values.iter_mut().for_each(|x| *x = gelu_tanh::<FMA>(*x)),
-            Some(Activation::Relu) => values.iter_mut().for_each(|x| *x = x.max(0.0)),
+    }
+    // One step after the other over the tile: loops that the compiler makes vectors of, which it does not of all in one.
+    #[inline(always)]
+    fn each(tile: &mut [[f32; PANEL_COLUMNS]], bias: &[f32; PANEL_COLUMNS], f: impl Fn(f32) -> f32) {
+        for row in tile {
+            for (value, bias) in row.iter_mut().zip(bias) {
+                *value = f(*value + bias);
+            }
         }
+    }
+    let bias = padded(bias);
+    match activation {
+        None => each(tile, &bias, |x| x),
+        Some(Activation::GeluErf) => each(tile, &bias, gelu_erf::<FMA>),
+        Some(Activation::GeluTanh) => each(tile, &bias, gelu_tanh::<FMA>),
+        Some(Activation::Relu) => each(tile, &bias, |x| x.max(0.0)),
+    }
+    for (row, values) in tile.iter().enumerate() {
+        let values = &values[..columns];
         // SAFETY: the caller's promise.
         unsafe {
             match out {
-                Out::Store(out) => out.row(row, columns).copy_from_slice(&values[..columns]),
+                Out::Store(out) => out.row(row, columns).copy_from_slice(values),
                 Out::Add(out) => {
-                    let out = out.row(row, columns).iter_mut();
-                    out.zip(values).for_each(|(out, value)| *out += value);
+                    out.row(row, columns).iter_mut().zip(values).for_each(|(out, value)| *out += value);
                 }
                 Out::Narrow(out) => {
                     let out = out.row(row, columns).iter_mut();
-                    out.zip(values).for_each(|(out, value)| *out = bf16(value));
+                    out.zip(values).for_each(|(out, value)| *out = bf16(*value));
                 }
             }
         }
@@ -87,12 +95,12 @@ unsafe fn exact_body<const FMA: bool>(tile: &[[f32; PANEL_COLUMNS]], finish: Fin
 }
 
 per_cpu_unsafe! {
-    /// Finishes a tile exactly to f32.
+    /// Finishes a tile, whose numbers are used up.
     ///
     /// # Safety
     /// As many columns as there are biases of all the tile's rows must be inside `out` and nobody else's; `dequantize`, if any,
     /// has as many numbers for columns, and one entry for each row.
-    pub(super) unsafe fn finish_exactly(tile: &[[f32; PANEL_COLUMNS]], finish: Finish<'_>) = exact_body
+    pub(super) unsafe fn finish_exactly(tile: &mut [[f32; PANEL_COLUMNS]], finish: Finish<'_>) = exact_body
 }
 
 #[cfg(test)]
@@ -102,8 +110,8 @@ mod tests {
 
     #[test]
     fn every_path_dequantises_adds_and_stores_the_wanted_columns_alone() {
-        let mut tile = [[0.0f32; PANEL_COLUMNS]; 3];
-        for (row, values) in tile.iter_mut().enumerate() {
+        let mut sums_of = [[0.0f32; PANEL_COLUMNS]; 3];
+        for (row, values) in sums_of.iter_mut().enumerate() {
             for (column, value) in values.iter_mut().enumerate() {
                 *value = f32::from_bits((row as i32 * 100 - column as i32) as u32);
             }
@@ -112,12 +120,13 @@ mod tests {
         let rows = [[2.0, 10.0], [4.0, 20.0], [8.0, 30.0]];
         for path in available() {
             with_path(path, || {
+                let mut tile = sums_of;
                 let mut out = [7.0f32; 3 * 24];
                 let target = Target { start: out.as_mut_ptr(), stride: 24 };
                 let dequantize = Some(Dequantize { rows: &rows, scales: &scales, sums: &sums });
                 let finish = Finish { dequantize, bias: &bias, activation: None, out: Out::Add(target) };
                 // SAFETY: 20 columns of three rows of 24 lie inside the array, which nobody else has.
-                unsafe { finish_exactly(&tile, finish) };
+                unsafe { finish_exactly(&mut tile, finish) };
                 for (row, out) in out.chunks_exact(24).enumerate() {
                     let [scale, zero] = rows[row];
                     for (column, value) in out.iter().enumerate() {

@@ -8,13 +8,13 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod cpu;
 mod encoder;
 mod finish;
 #[cfg(target_arch = "x86_64")]
 mod gelu_table;
-#[cfg(target_arch = "x86_64")]
-mod narrow;
 mod product;
 mod product_bf16;
 mod product_f32;

@@ -31,6 +31,11 @@ impl Tile {
     pub(super) fn rows(&self, count: usize) -> &[[f32; PANEL_COLUMNS]] {
         &self.0[..count]
     }
+
+    /// The first `count` rows, to write.
+    pub(super) fn rows_mut(&mut self, count: usize) -> &mut [[f32; PANEL_COLUMNS]] {
+        &mut self.0[..count]
+    }
 }
 
 /// Where results go: the first element, and the distance of rows, both in elements of `T`.
@@ -194,7 +199,7 @@ pub(super) unsafe fn multiply(
     left: Left,
     right: Right,
     panels: Range<usize>,
-    mut finish: impl FnMut(&Tile, Range<usize>, usize),
+    mut finish: impl FnMut(&mut Tile, Range<usize>, usize),
 ) {
     if left.rows == 0 {
         return;
@@ -209,7 +214,7 @@ pub(super) unsafe fn multiply(
             unsafe {
                 kernel.tile(left.start.add(first * left.stride_bytes), rows, panel, tile.target());
             }
-            finish(&tile, first..first + rows, panel);
+            finish(&mut tile, first..first + rows, panel);
         }
     }
 }

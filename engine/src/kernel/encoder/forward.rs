@@ -1,10 +1,10 @@
 //! The layers, step by step, for texts that one team has. Every step writes rows or columns that belong to one member.
 
 use super::super::attention::{Context, attention};
-use super::super::cpu::path;
-use super::super::finish::{Dequantize, Finish, Out, finish_exactly};
 #[cfg(target_arch = "x86_64")]
-use super::super::narrow::{finish_narrowly, scale_narrowly};
+use super::super::avx512::{finish_in_f32, finish_narrowly, quantize_in_512, scale_narrowly};
+use super::super::cpu::{CpuPath, path};
+use super::super::finish::{Dequantize, Finish, Out, finish_exactly};
 use super::super::product::{Left, PANEL_COLUMNS, Right, Target, Tile, multiply};
 use super::super::scratch::Place;
 use super::super::team::Member;
@@ -176,7 +176,13 @@ impl Group<'_> {
                     Precision::Bf16 => to_bf16(values, left.slice(row * stride, width)),
                     Precision::Int8 => {
                         let scales = &mut self.scratch.row_scales.slice::<[f32; 2]>(row, 1)[0];
-                        quantize_row(values, left.slice(row * stride, width), scales);
+                        let out = left.slice(row * stride, width);
+                        #[cfg(target_arch = "x86_64")]
+                        if path() >= CpuPath::Avx512 {
+                            quantize_in_512(values, out, scales);
+                            continue;
+                        }
+                        quantize_row(values, out, scales);
                     }
                 }
             }
@@ -206,7 +212,7 @@ impl Group<'_> {
         let right =
             Right { start: linear.panels.as_ptr(), precision, inputs: precision.padded(linear.inputs) };
         let panels = member.part(linear.outputs.div_ceil(PANEL_COLUMNS), 1);
-        let done = |tile: &Tile, rows: Range<usize>, panel: usize| {
+        let done = |tile: &mut Tile, rows: Range<usize>, panel: usize| {
             let columns = panel * PANEL_COLUMNS..((panel + 1) * PANEL_COLUMNS).min(linear.outputs);
             let dequantize = (precision == Precision::Int8).then(|| Dequantize {
                 // SAFETY: the left side is complete, so its scales are, and nobody writes them now.
@@ -233,13 +239,15 @@ impl Group<'_> {
             };
             let activation = matches!(then, Then::Activate).then_some(self.encoder.activation);
             let finish = Finish { dequantize, bias: &linear.bias[columns.clone()], activation, out };
-            let tile = tile.rows(rows.len());
-            // SAFETY: these columns are this member's, and the places have room for all rows of all columns; the path has bf16
-            // where `is_narrow` says so.
+            let tile = tile.rows_mut(rows.len());
+            // SAFETY: these columns are this member's, and the places have room for all rows of all columns; the path has what
+            // it is asked for, and f32 is not stored as bf16.
             unsafe {
                 #[cfg(target_arch = "x86_64")]
                 if is_narrow {
                     return finish_narrowly(tile, finish);
+                } else if precision == Precision::F32 && path() >= CpuPath::Avx512 {
+                    return finish_in_f32(tile, finish);
                 }
                 finish_exactly(tile, finish);
             }
