@@ -1,5 +1,6 @@
 //! The one thread pool that models compute on, sized once per process. What runs on it lives elsewhere.
 
+use std::cell::Cell;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Most threads that may be asked for.
@@ -59,18 +60,35 @@ impl Threads {
     pub(crate) fn run_alone<R: Send>(&self, many: bool, work: impl FnOnce(usize) -> R + Send) -> R {
         // Taken on the caller's thread: a thread of the pool that waited here would be missing in the team it waits for.
         static AT_WORK: Mutex<()> = Mutex::new(());
-        let _at_work =
-            (many && self.pool.is_some()).then(|| AT_WORK.lock().unwrap_or_else(PoisonError::into_inner));
+        let _at_work = (many && self.pool.is_some() && !IS_ALONE.get())
+            .then(|| AT_WORK.lock().unwrap_or_else(PoisonError::into_inner));
         self.run(many, work)
     }
 
     /// Runs `work` with up to `count` threads at hand; on the caller's thread when one is enough.
     pub(crate) fn run<R: Send>(&self, many: bool, work: impl FnOnce(usize) -> R + Send) -> R {
         match &self.pool {
-            Some(pool) if many => pool.install(|| work(self.count)),
+            Some(pool) if many && !IS_ALONE.get() => pool.install(|| work(self.count)),
             _ => work(1),
         }
     }
+}
+
+thread_local! {
+    static IS_ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `work`, in which models compute on the calling thread and no other, without waiting for what the others do. For breaks of
+/// [`crate::Model::forward_with_breaks`].
+pub fn on_this_thread<R>(work: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            IS_ALONE.set(self.0);
+        }
+    }
+    let _restore = Restore(IS_ALONE.replace(true));
+    work()
 }
 
 /// Threads when nobody says otherwise: the CPUs this process may use, or `RAYON_NUM_THREADS`, or `CANDLE_NUM_THREADS`.

@@ -9,6 +9,7 @@ use common::{CHECKPOINTS, borrow, copy, expected, model, model_in, stored, texts
 use engine::ModelError;
 use engine::compile::Precision;
 use proptest::prelude::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[test]
 fn vectors_are_those_of_sentence_transformers() {
@@ -126,6 +127,36 @@ fn the_probe_passes_before_and_after_work() {
     model.embed(&["cat", "the mat"]).expect("embeds");
     model.release_scratch();
     model.probe().expect("again");
+}
+
+#[test]
+fn other_texts_can_be_computed_in_breaks() {
+    for precision in Precision::ALL {
+        let model = model_in("bert_mean", precision);
+        let texts = texts("bert_mean");
+        let wanted = model.embed(&borrow(&texts)).expect("embeds");
+        // Shared by all threads, dealt out to them, and one at a time.
+        for copies in [1, 40] {
+            let many: Vec<&str> = borrow(&texts).into_iter().cycle().take(texts.len() * copies).collect();
+            let encoded = model.encode(&many).expect("encodes");
+            let breaks = AtomicUsize::new(0);
+            let rest = || {
+                let index = breaks.fetch_add(1, Ordering::Relaxed) % texts.len();
+                let found = engine::on_this_thread(|| model.embed(&[texts[index].as_str()])).expect("embeds");
+                assert_eq!(
+                    found.values,
+                    wanted.rows().nth(index).expect("row"),
+                    "{precision:?}, text {index}"
+                );
+            };
+            let found =
+                model.forward_with_breaks(&encoded.iter().collect::<Vec<_>>(), &rest).expect("computes");
+            for (index, row) in found.rows().enumerate() {
+                assert_eq!(row, wanted.rows().nth(index % texts.len()).expect("row"), "{precision:?}");
+            }
+            assert!(breaks.into_inner() > 5, "hardly a break");
+        }
+    }
 }
 
 #[test]

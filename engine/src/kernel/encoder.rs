@@ -21,7 +21,13 @@ use rayon::prelude::*;
 use scratch::{Places, Scratch};
 use std::ops::Range;
 
+/// Called between steps.
+pub(crate) type Breaks<'a> = &'a (dyn Fn() + Sync);
+
 /// Computes the hidden state of all tokens into `hidden`, `[tokens, width]`; `sequences` are the texts, one behind the other.
+///
+/// Each team, or each thread that has texts of its own, calls `breaks` between steps, some 30 times in six layers: other work can
+/// be done there, on that thread.
 ///
 /// # Errors
 /// [`EncodeError`] when lengths, weights or indices do not belong together; nothing is computed then.
@@ -31,13 +37,15 @@ pub(crate) fn encode(
     tokens: &[Lookup],
     sequences: &[Range<usize>],
     hidden: &mut [f32],
+    breaks: Breaks<'_>,
 ) -> Result<(), EncodeError> {
     encoder.check(tokens, sequences, hidden)?;
     let place = Place::of(hidden);
     let compute = |member: &Member<'_>, scratch: Places, sequences: &[Range<usize>]| {
         let Some(first) = sequences.first() else { return };
         let tokens = &tokens[first.start..sequences[sequences.len() - 1].end];
-        let group = Group { encoder, tokens, sequences, first_token: first.start, hidden: place, scratch };
+        let group =
+            Group { encoder, tokens, sequences, first_token: first.start, hidden: place, scratch, breaks };
         // SAFETY: all lengths were checked; groups are disjoint ranges of tokens, and a group is one team's; the scratch has room
         // for its tokens and is its own.
         unsafe { group.run(member) };

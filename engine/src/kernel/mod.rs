@@ -28,7 +28,7 @@ pub(crate) use attention::AttentionShape;
 pub use cpu::has_native_bf16;
 pub(crate) use cpu::path_name;
 pub(crate) use encoder::{
-    EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, encode,
+    Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, encode,
     release_all_scratch,
 };
 pub(crate) use vector::{max_row, scale_row, sum_row, unit_row};

@@ -60,6 +60,11 @@ impl Member<'_> {
         Member { index: 0, shared: None }
     }
 
+    /// Whether this is the one member of each team that does what must be done once.
+    pub(super) fn is_first(&self) -> bool {
+        self.index == 0
+    }
+
     fn members(&self) -> usize {
         self.shared.map_or(1, |shared| shared.members)
     }

@@ -13,7 +13,7 @@ pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 pub(crate) use tokenize::TextEncoder;
 
 use crate::config::EncoderConfig;
-use crate::kernel::{Lookup, path_name, release_all_scratch};
+use crate::kernel::{Breaks, Lookup, path_name, release_all_scratch};
 use crate::packing::Precision;
 use crate::threads::pool;
 use network::{Network, Packed};
@@ -218,6 +218,19 @@ impl Model {
     /// [`ModelError`] when a text was encoded by another model, or a result is not a finite vector (of norm one, where the
     /// model normalises): such a result is never returned.
     pub fn forward(&self, batch: &[&EncodedText]) -> Result<Embeddings, ModelError> {
+        self.forward_with_breaks(batch, &|| {})
+    }
+
+    /// As [`Model::forward`]. Threads that compute call `breaks` about every millisecond, each for itself, and go on when it
+    /// returns: something urgent can be computed there, inside of [`crate::on_this_thread`], without waiting for the batch.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn forward_with_breaks(
+        &self,
+        batch: &[&EncodedText],
+        breaks: &(dyn Fn() + Sync),
+    ) -> Result<Embeddings, ModelError> {
         for (index, text) in batch.iter().enumerate() {
             self.check_encoded(index, text)?;
         }
@@ -225,7 +238,7 @@ impl Model {
         let mut rest = batch;
         while !rest.is_empty() {
             let (now, later) = rest.split_at(sub_batch(rest));
-            values.extend(self.forward_packed(now)?);
+            values.extend(self.forward_packed(now, breaks)?);
             rest = later;
         }
         self.check_vectors(&values)?;
@@ -283,7 +296,7 @@ impl Model {
         Ok(())
     }
 
-    fn forward_packed(&self, texts: &[&EncodedText]) -> Result<Vec<f32>, ModelError> {
+    fn forward_packed(&self, texts: &[&EncodedText], breaks: Breaks<'_>) -> Result<Vec<f32>, ModelError> {
         let mut packed = Packed { tokens: Vec::new(), sequences: Vec::with_capacity(texts.len()) };
         for text in texts {
             let start = packed.tokens.len();
@@ -298,7 +311,7 @@ impl Model {
         }
         let many = packed.tokens.len() >= MIN_PARALLEL_TOKENS;
         let pooling = (self.info.pooling, self.info.normalize);
-        pool().run_alone(many, |threads| self.network.forward(&packed, threads, pooling))
+        pool().run_alone(many, |threads| self.network.forward(&packed, threads, pooling, breaks))
     }
 }
 

@@ -4,8 +4,8 @@ use super::ModelError;
 use super::ops::{Encode, Pool};
 use crate::config::EncoderConfig;
 use crate::kernel::{
-    AttentionShape, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights,
-    WeightSlice,
+    AttentionShape, Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup,
+    NormWeights, WeightSlice,
 };
 use crate::packing::{Packing, Precision};
 use candle_core::{Device, Tensor};
@@ -209,6 +209,7 @@ impl Network {
         batch: &Packed,
         threads: usize,
         (modes, normalize): (Pooling, bool),
+        breaks: Breaks<'_>,
     ) -> Result<Vec<f32>, ModelError> {
         let width = self.config.hidden_dim;
         let sequences = batch.sequences.as_slice();
@@ -218,7 +219,13 @@ impl Network {
                 Tensor::zeros((rows, columns), candle_core::DType::F32, &Device::Cpu)
             };
             let hidden = zeros(batch.tokens.len(), width)?;
-            hidden.inplace_op1(&Encode { weights: &weights, tokens: &batch.tokens, sequences, threads })?;
+            hidden.inplace_op1(&Encode {
+                weights: &weights,
+                tokens: &batch.tokens,
+                sequences,
+                threads,
+                breaks,
+            })?;
             let out = zeros(sequences.len(), width * modes.count() as usize)?;
             out.inplace_op2(&hidden, &Pool { sequences, modes, normalize, width })?;
             out.flatten_all()?.to_vec1()

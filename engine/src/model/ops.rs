@@ -3,7 +3,7 @@
 //!
 //! Activations are candle tensors `[tokens, width]` (packed texts, no padding), whose floats the kernels get as slices.
 
-use crate::kernel::{EncoderWeights, Lookup, encode, max_row, scale_row, sum_row, unit_row};
+use crate::kernel::{Breaks, EncoderWeights, Lookup, encode, max_row, scale_row, sum_row, unit_row};
 use candle_core::{CpuStorage, Error, InplaceOp1, InplaceOp2, Layout, Result};
 use shm_layout::image::Pooling;
 use std::ops::Range;
@@ -40,6 +40,7 @@ pub(crate) struct Encode<'a> {
     pub(crate) tokens: &'a [Lookup],
     pub(crate) sequences: &'a [Range<usize>],
     pub(crate) threads: usize,
+    pub(crate) breaks: Breaks<'a>,
 }
 
 impl InplaceOp1 for Encode<'_> {
@@ -49,7 +50,7 @@ impl InplaceOp1 for Encode<'_> {
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let hidden = floats_mut(storage, layout)?;
-        encode(self.threads, self.weights, self.tokens, self.sequences, hidden)
+        encode(self.threads, self.weights, self.tokens, self.sequences, hidden, self.breaks)
             .map_err(|error| Error::Msg(error.to_string()))
     }
 }

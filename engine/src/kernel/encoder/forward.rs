@@ -9,6 +9,7 @@ use super::super::product::{Left, PANEL_COLUMNS, Right, Target, Tile, multiply};
 use super::super::scratch::Place;
 use super::super::team::Member;
 use super::super::vector::{embed_row, norm_row, quantize_row, to_bf16};
+use super::Breaks;
 use super::scratch::Places;
 use super::weights::{EmbeddingWeights, EncoderWeights, LinearWeights, Lookup, NormWeights};
 use crate::packing::{Packing, Precision};
@@ -25,6 +26,7 @@ pub(super) struct Group<'a> {
     pub(super) first_token: usize,
     pub(super) hidden: Place,
     pub(super) scratch: Places,
+    pub(super) breaks: Breaks<'a>,
 }
 
 /// What happens to a product, once its bias is added.
@@ -61,14 +63,14 @@ impl Group<'_> {
             self.embed(rows.clone());
             for layer in &self.encoder.layers {
                 self.narrow(self.hidden_rows(), scratch.narrow_left, width, rows.clone());
-                member.meet();
+                self.meet(member);
                 self.product(
                     member,
                     &layer.qkv,
                     self.left(self.hidden_rows(), scratch.narrow_left, width),
                     Then::Store(scratch.qkv, attention_precision),
                 );
-                member.meet();
+                self.meet(member);
                 attention(
                     member,
                     context,
@@ -78,10 +80,10 @@ impl Group<'_> {
                     self.encoder.shape,
                     attention_precision,
                 );
-                member.meet();
+                self.meet(member);
                 if precision != Precision::F32 && matches!(context, Context::Float(_)) {
                     self.narrow(scratch.context.at(0), scratch.narrow_left, width, rows.clone());
-                    member.meet();
+                    self.meet(member);
                 }
                 self.product(
                     member,
@@ -89,20 +91,20 @@ impl Group<'_> {
                     self.left(scratch.context.at(0), scratch.narrow_left, width),
                     Then::AddToHidden,
                 );
-                member.meet();
+                self.meet(member);
                 self.norm(&layer.attention_norm, rows.clone());
                 self.narrow(self.hidden_rows(), scratch.narrow_left, width, rows.clone());
-                member.meet();
+                self.meet(member);
                 self.product(
                     member,
                     &layer.intermediate,
                     self.left(self.hidden_rows(), scratch.narrow_left, width),
                     Then::Activate,
                 );
-                member.meet();
+                self.meet(member);
                 if precision == Precision::Int8 {
                     self.narrow(scratch.wide.at(0), scratch.wide_left, self.encoder.wide, rows.clone());
-                    member.meet();
+                    self.meet(member);
                 }
                 self.product(
                     member,
@@ -110,10 +112,18 @@ impl Group<'_> {
                     self.left(scratch.wide.at(0), scratch.wide_left, self.encoder.wide),
                     Then::AddToHidden,
                 );
-                member.meet();
+                self.meet(member);
                 self.norm(&layer.output_norm, rows.clone());
             }
         }
+    }
+
+    /// Waits for the team between two steps; a time for breaks.
+    fn meet(&self, member: &Member<'_>) {
+        if member.is_first() {
+            (self.breaks)();
+        }
+        member.meet();
     }
 
     /// Whether what follows products need be no more accurate than bf16, and the CPU has instructions for it.

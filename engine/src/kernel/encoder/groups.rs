@@ -17,8 +17,18 @@ pub(super) fn groups(sequences: &[Range<usize>], threads: usize) -> Option<Vec<R
     if threads > 1 && (sequences.len() < threads || tokens < threads * MIN_THREAD_TOKENS) {
         return None;
     }
-    // As many rounds as it takes, all threads busy in each.
+    // As many rounds as it takes, all threads busy in each; fewer where long texts can't be dealt out evenly in so many.
     let rounds = tokens.div_ceil(GROUP_TOKENS * threads);
+    (rounds.div_ceil(2)..=rounds).rev().find_map(|rounds| dealt(sequences, tokens, threads, rounds))
+}
+
+/// Texts in groups for so many rounds, if that is even enough.
+fn dealt(
+    sequences: &[Range<usize>],
+    tokens: usize,
+    threads: usize,
+    rounds: usize,
+) -> Option<Vec<Range<usize>>> {
     let count = (rounds * threads).min(sequences.len());
     let mut groups = Vec::with_capacity(count);
     let (mut start, mut largest) = (0, 0);
@@ -38,7 +48,8 @@ pub(super) fn groups(sequences: &[Range<usize>], threads: usize) -> Option<Vec<R
     // A thread with the largest group ends after the others have done the rest; so much of a fair part may be lost.
     let fair = tokens / threads;
     let excess = largest.saturating_sub(tokens / count);
-    (threads <= 1 || excess <= fair / UNEVEN_SHARE).then_some(groups)
+    let is_even = groups.len().is_multiple_of(threads) && excess <= fair / UNEVEN_SHARE;
+    (threads <= 1 || is_even).then_some(groups)
 }
 
 #[cfg(test)]

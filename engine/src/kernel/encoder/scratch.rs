@@ -8,6 +8,9 @@ use super::weights::EncoderWeights;
 use crate::packing::{Packing, Precision};
 use std::sync::{Mutex, PoisonError};
 
+/// How many more than threads are kept: a thread may compute something else in a break.
+const SPARE: usize = 1;
+
 /// Activations of some tokens.
 pub(super) struct Scratch {
     tokens: usize,
@@ -47,8 +50,8 @@ impl Scratch {
         if let Some(index) = kept.iter().position(fits) {
             return kept.swap_remove(index);
         }
-        // One that does not fit makes way when there is one for each thread, so that what is kept stays bounded.
-        if kept.len() >= threads {
+        // One that does not fit makes way when there are enough, so that what is kept stays bounded.
+        if kept.len() >= threads + SPARE {
             kept.swap_remove(0);
         }
         drop(kept);
@@ -58,10 +61,10 @@ impl Scratch {
         Scratch { tokens, row_bytes, qkv, context, wide, narrow_left, wide_left, row_scales: rows(8) }
     }
 
-    /// Keeps it for the next call, one for each of `threads`.
+    /// Keeps it for the next call, one for each of `threads` and [`SPARE`] for breaks.
     pub(super) fn keep(self, threads: usize) {
         let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < threads {
+        if kept.len() < threads + SPARE {
             kept.push(self);
         }
     }

@@ -102,7 +102,7 @@ impl Weights {
             layers: vec![layer; 2],
         };
         let mut hidden = vec![0.0; tokens.len() * WIDTH];
-        encode(threads, &encoder, tokens, sequences, &mut hidden).unwrap();
+        encode(threads, &encoder, tokens, sequences, &mut hidden, &|| {}).unwrap();
         hidden
     }
 }
