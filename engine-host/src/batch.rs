@@ -48,7 +48,7 @@ pub(crate) struct Computed {
     pub(crate) parts: Vec<Result<Output, ComputeError>>,
     /// Tokens that went through the model.
     pub(crate) tokens: u64,
-    /// Texts that went through it.
+    /// Texts that went through it, or were tokenized.
     pub(crate) texts: usize,
     /// Texts whose vectors were known.
     pub(crate) found: usize,
@@ -158,6 +158,8 @@ fn compute_uncaught<C: Compute>(
     });
     let fresh = fresh.collect();
     let mut sources = plan.sources.iter();
+    let tokenized: usize =
+        parts.iter().filter(|part| part.operation == Operation::Tokenize).map(|part| part.range.len()).sum();
     let parts = parts
         .iter()
         .map(|part| match part.operation {
@@ -184,7 +186,8 @@ fn compute_uncaught<C: Compute>(
             }
         })
         .collect();
-    let (texts, found, shared) = (plan.texts.len(), plan.found, plan.shared);
+    let (found, shared) = (plan.found, plan.shared);
+    let texts = plan.texts.len() + tokenized;
     Ok(Computed { parts, tokens, texts, found, shared, fresh })
 }
 

@@ -1,7 +1,13 @@
 //! The vector cache with real processes: what one client had computed another finds, and nothing that goes wrong around it
 //! ever gives a wrong vector.
 
+use libc::{SYS_read, SYS_write};
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, gettid};
 use shm_layout::wire::CacheReport;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Command, Stdio};
 use tests::running::{Broker, eventually};
 use worker_sdk::{EmbedOptions, Embeddings, Model, Route};
 
@@ -139,4 +145,71 @@ fn one_computation_when_many_ask_at_once() {
     assert!(values.iter().all(|other| *other == values[0]));
     let totals = report(&broker).totals;
     assert_eq!(totals.engine_misses, 2, "one text was computed twice: {totals:?}");
+}
+
+/// Text that [`child_that_only_hits`] asks for.
+const HIT: &str = "a text that was embedded before";
+
+#[test]
+#[ignore = "started by a_hit_makes_no_system_call"]
+fn child_that_only_hits() {
+    if std::env::var_os("MODELBROKER_SOCKET").is_none() {
+        return;
+    }
+    let model = worker_sdk::Client::connect().and_then(|client| client.model("")).expect("a model is leased");
+    eventually("it is cached", || model.embed(&[HIT]).expect("embedded").cached()[0].then_some(()));
+    let (mut stdin, mut stdout) = (std::io::stdin().lock(), std::io::stdout().lock());
+    writeln!(stdout, "\ntid {}", gettid()).expect("stdout is open");
+    stdout.flush().expect("stdout is open");
+    let mut go = [0; 1];
+    stdin.read_exact(&mut go).expect("stdin is open");
+    let all_cached = (0..1000).all(|_| model.embed(&[HIT]).is_ok_and(|found| found.cached()[0]));
+    writeln!(stdout, "{all_cached}").expect("stdout is open");
+    stdout.flush().expect("stdout is open");
+}
+
+// Registers have other names elsewhere.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_hit_makes_no_system_call() {
+    let broker = Broker::start(CACHED);
+    broker.model(Route::Lane).embed(&[HIT]).expect("a text is embedded");
+    let mut child = Command::new(std::env::current_exe().expect("this test has a path"))
+        .args(["--exact", "child_that_only_hits", "--ignored", "--nocapture", "--test-threads=1"])
+        .env("MODELBROKER_SOCKET", broker.socket())
+        .env("MODELBROKER_START", "never")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the child is started");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let mut line_with = |start: &str| {
+        lines.by_ref().map_while(Result::ok).find_map(|line| line.strip_prefix(start).map(str::to_owned))
+    };
+    let thread =
+        line_with("tid ").and_then(|tid| tid.parse().ok()).map(Pid::from_raw).expect("it says who it is");
+
+    // From here on every system call of that thread stops it. It is waiting for the byte.
+    let stopped = || waitpid(thread, Some(WaitPidFlag::__WALL)).expect("the thread is traced");
+    ptrace::attach(thread).expect("a child can be traced");
+    assert!(matches!(stopped(), WaitStatus::Stopped(..)));
+    ptrace::setoptions(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).expect("traced");
+    child.stdin.take().expect("piped").write_all(b"x").expect("stdin is open");
+    let mut calls: Vec<i64> = Vec::new();
+    while !calls.contains(&SYS_write) {
+        ptrace::syscall(thread, None).expect("traced");
+        match stopped() {
+            WaitStatus::PtraceSyscall(_) => {
+                let registers = ptrace::getregs(thread).expect("traced");
+                calls.push(registers.orig_rax as i64);
+            }
+            WaitStatus::Stopped(..) => {}
+            ended => panic!("the child ended: {ended:?} after {calls:?}"),
+        }
+    }
+    ptrace::detach(thread, None).expect("traced");
+    let last_read = calls.iter().rposition(|call| *call == SYS_read).expect("it read the byte");
+    assert_eq!(calls[last_read + 1..], [SYS_write], "system calls between the byte and the result");
+    assert_eq!(line_with("true"), Some(String::new()), "every text was found");
+    assert!(child.wait().expect("the child ends").success());
 }

@@ -9,8 +9,8 @@ use shm_os::cache_mapping::CacheMapping;
 use shm_os::lane_mapping::LaneMapping;
 use shm_os::process::monotonic_ns;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Weak;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A generation's cache, mapped read-only. It outlives broker and engine: what was there can still be read.
 #[derive(Debug)]
