@@ -3,7 +3,7 @@
 # PEER_PYTHON names a Python that has the peers (default: what benches/peers/install.sh made).
 set -eu
 cd "$(dirname "$0")/.."
-for name in ${1:-ring attach memory lane processes20 throughput peers}; do
+for name in ${1:-ring attach memory lane cache processes20 throughput peers}; do
     set -- "$name" --into docs/benchmarks.md
     case "$name" in
     processes20 | throughput | peers) [ -z "${PEER_PYTHON:-}" ] || set -- "$@" --python "$PEER_PYTHON" ;;

@@ -86,12 +86,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     let mut loads = Vec::new();
     let threads = machine::allowed_cores()?.len();
     {
-        let broker = Broker::start(threads)?;
+        let broker = Broker::start_with_cache(threads)?;
         let folder = fixture::small_model_folder()?;
         measure("small", &broker, &folder, arguments, &mut rows, &mut loads)?;
     }
     if arguments.large_bytes > 0 {
-        let broker = Broker::start(threads)?;
+        let broker = Broker::start_with_cache(threads)?;
         let folder = broker.folder().join("large-model");
         std::fs::create_dir(&folder)?;
         big_model::write(&folder, arguments.large_bytes)?;

@@ -73,8 +73,18 @@ pub(crate) struct Broker {
 }
 
 impl Broker {
-    /// Starts a broker with so many compute threads and waits until it serves.
+    /// Starts a broker with so many compute threads and waits until it serves. Without a cache: benches ask for the same
+    /// texts again and again, and what they measure is computing.
     pub(crate) fn start(threads: usize) -> anyhow::Result<Broker> {
+        Broker::start_with(threads, &["--cache-entries", "0"])
+    }
+
+    /// As [`Broker::start`], with the cache that a broker has where nothing else is said.
+    pub(crate) fn start_with_cache(threads: usize) -> anyhow::Result<Broker> {
+        Broker::start_with(threads, &[])
+    }
+
+    fn start_with(threads: usize, arguments: &[&str]) -> anyhow::Result<Broker> {
         let folder = tempfile::Builder::new().prefix("bench-").tempdir().context("making a folder")?;
         let socket = folder.path().join("run").join("broker.sock");
         let (mut ready, ready_writer) = std::io::pipe()?;
@@ -86,6 +96,7 @@ impl Broker {
             .arg("--cache-dir")
             .arg(folder.path().join("cache"))
             .args(["--threads", &threads.to_string()])
+            .args(arguments)
             .args(["--ready-fd", &READY_FD.to_string()])
             .arg("--log-file")
             .arg(folder.path().join("broker.log"))

@@ -4,6 +4,7 @@
 
 mod attach;
 mod big_model;
+mod cache;
 mod fixture;
 mod lane;
 mod machine;
@@ -46,6 +47,8 @@ enum Bench {
     Memory(memory::Arguments),
     /// What it costs to have a text computed by the engine instead of in place.
     Lane(lane::Arguments),
+    /// A text that was embedded before, answered from the cache, beside the same text computed.
+    Cache(cache::Arguments),
     /// Twenty processes that each want the model, against twenty loads with sentence-transformers.
     Processes20(processes20::Arguments),
     /// Texts a second, against sentence-transformers.
@@ -68,6 +71,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Attach(attach) => attach::run(attach)?,
         Bench::Memory(memory) => memory::run(memory)?,
         Bench::Lane(lane) => lane::run(lane)?,
+        Bench::Cache(cache) => cache::run(cache)?,
         Bench::Processes20(processes) => processes20::run(processes)?,
         Bench::Throughput(throughput) => throughput::run(throughput)?,
         Bench::Peers(peers) => peers::run(peers)?,

@@ -43,7 +43,7 @@ struct Row {
 /// # Errors
 /// When a worker fails or /proc cannot be read.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
-    let broker = Broker::start(machine::allowed_cores()?.len())?;
+    let broker = Broker::start_with_cache(machine::allowed_cores()?.len())?;
     let folder = fixture::small_model_folder()?;
     let model = folder.to_str().context("the model folder's name is not UTF-8")?;
     let held = broker.load(model)?;

@@ -111,11 +111,12 @@ pub(crate) fn run(arguments: &Arguments, since_main: Instant) -> anyhow::Result<
     set_pdeathsig(Signal::SIGKILL)?;
     let (steps, ready) = get_ready(arguments.mode, &arguments.socket, &arguments.model)?;
     let since_main_us = since_main.elapsed().as_nanos() as f64 / 1e3;
+    let options = worker_sdk::EmbedOptions::default().bypass_cache(true);
     for number in 0..arguments.embed {
         let text = [format!("text {number} of a worker that is measured")];
         match (&ready.attached, &ready.model) {
-            (Some(attached), _) => attached.embed(&text)?,
-            (None, Some(model)) => model.embed(&text)?,
+            (Some(attached), _) => attached.embed_with(&text, &options)?,
+            (None, Some(model)) => model.embed_with(&text, &options)?,
             (None, None) => bail!("a worker that does nothing cannot embed"),
         };
     }

@@ -6,6 +6,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Vectors that a model's cache holds where nothing else is said.
+pub const DEFAULT_CACHE_ENTRIES: usize = 10_000;
+/// How long a vector is kept where nothing else is said.
+pub const DEFAULT_CACHE_TTL: Duration = Duration::from_secs(3600);
+
 /// How a broker is set up. Plain data; [`BrokerConfig::new`] fills in the defaults.
 pub struct BrokerConfig {
     /// Where clients connect. Its folder must exist or be creatable, be this user's, and have mode 0700.
@@ -28,6 +33,10 @@ pub struct BrokerConfig {
     pub idle_exit: Option<Duration>,
     /// Let processes of other users in: the socket gets mode 0666 and its folder may be readable by others.
     pub allow_other_users: bool,
+    /// Vectors that the cache of each loaded model holds at most; 0 = no cache.
+    pub cache_entries: usize,
+    /// How long a vector is kept; zero = for ever.
+    pub cache_ttl: Duration,
     /// Called once, when the socket accepts connections.
     pub on_ready: Option<Box<dyn FnOnce() + Send>>,
 }
@@ -56,6 +65,8 @@ impl BrokerConfig {
             limits: Limits::default(),
             idle_exit: None,
             allow_other_users: false,
+            cache_entries: DEFAULT_CACHE_ENTRIES,
+            cache_ttl: DEFAULT_CACHE_TTL,
             on_ready: None,
         }
     }
@@ -74,6 +85,8 @@ impl std::fmt::Debug for BrokerConfig {
             .field("limits", &self.limits)
             .field("idle_exit", &self.idle_exit)
             .field("allow_other_users", &self.allow_other_users)
+            .field("cache_entries", &self.cache_entries)
+            .field("cache_ttl", &self.cache_ttl)
             .finish_non_exhaustive()
     }
 }

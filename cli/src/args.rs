@@ -78,6 +78,15 @@ pub(crate) enum Precision {
     Auto,
 }
 
+/// A number of entries that a cache can have.
+fn cache_entries(text: &str) -> Result<usize, String> {
+    let most = shm_layout::cache::MAX_CACHE_ENTRIES;
+    match text.parse::<usize>() {
+        Ok(entries) if entries <= most => Ok(entries),
+        _ => Err(format!("give a number from 0 (no cache) to {most}")),
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     /// Model for clients that name none: id or folder
@@ -112,6 +121,25 @@ pub(crate) struct ServeArgs {
     /// Let processes of other users in
     #[arg(long)]
     pub(crate) allow_other_users: bool,
+    /// Vectors that the cache of each loaded model holds at most; 0 = no cache
+    #[arg(
+        long,
+        value_name = "N",
+        env = "MODELBROKER_CACHE_ENTRIES",
+        hide_env_values = true,
+        default_value_t = broker::DEFAULT_CACHE_ENTRIES,
+        value_parser = cache_entries
+    )]
+    pub(crate) cache_entries: usize,
+    /// How long a vector is kept, in seconds; 0 = as long as the model is loaded
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "MODELBROKER_CACHE_TTL",
+        hide_env_values = true,
+        default_value_t = broker::DEFAULT_CACHE_TTL.as_secs()
+    )]
+    pub(crate) cache_ttl: u64,
     /// Leave the engine readable for this user's other processes, so that its memory can be counted
     #[arg(long, hide = true)]
     pub(crate) inspectable: bool,
@@ -171,6 +199,9 @@ pub(crate) struct EmbedArgs {
     /// Longest wait for an answer, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub(crate) timeout: u64,
+    /// Compute every text, whatever the cache holds, and keep nothing in it
+    #[arg(long)]
+    pub(crate) no_cache: bool,
     /// Texts; `-` (or none) reads stdin
     #[arg(value_name = "TEXT")]
     pub(crate) texts: Vec<String>,
@@ -281,6 +312,9 @@ pub(crate) struct LoadArgs {
     /// Longest wait for one answer, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30.0)]
     pub(crate) timeout: f64,
+    /// Let texts be answered from the cache; without this each is computed
+    #[arg(long)]
+    pub(crate) cached: bool,
     /// Check every answer against a reference that is computed first
     #[arg(long)]
     pub(crate) verify: bool,

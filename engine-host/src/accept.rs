@@ -50,6 +50,10 @@ pub(crate) fn check(offer: Offer, facts: Option<&ModelFacts>, now_ns: u64) -> Re
     }
     let Some((bytes, permit)) = offer.input else { return refuse(offer.origin, Code::Overloaded) };
     let Some(operation) = offer.operation else { return refuse(offer.origin, Code::UnsupportedOperation) };
+    let (operation, is_fresh) = match operation {
+        Operation::EmbedFresh => (Operation::Embed, true),
+        other => (other, false),
+    };
     if offer.deadline_ns != 0 && now_ns >= offer.deadline_ns {
         return refuse(offer.origin, Code::DeadlineExceeded);
     }
@@ -72,6 +76,7 @@ pub(crate) fn check(offer: Offer, facts: Option<&ModelFacts>, now_ns: u64) -> Re
             client: offer.client,
             origin: offer.origin,
             operation,
+            is_fresh,
             priority: offer.priority,
             generation: offer.generation,
             deadline_ns: offer.deadline_ns,

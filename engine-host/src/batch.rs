@@ -1,10 +1,13 @@
 //! Computes one batch: from texts to checked vectors and token spans, with every failure contained. Knows no lane, no
 //! queue, no clock.
 
+use crate::cache::{Fresh, Vector};
 use crate::compute::{Compute, ComputeError, ModelFacts};
 use crate::job::Texts;
+use shm_layout::cache::CacheKey;
 use shm_layout::code::Code;
 use shm_layout::wire::Operation;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -18,13 +21,22 @@ pub(crate) struct Part<'a> {
     pub(crate) operation: Operation,
     pub(crate) texts: &'a Texts,
     pub(crate) range: Range<usize>,
+    /// What the job's texts are found by; empty = each is computed, and nothing is kept.
+    pub(crate) keys: &'a [CacheKey],
+    /// The job's vectors that need no computing; empty, or as long as `keys`.
+    pub(crate) known: &'a [Option<Vector>],
 }
 
 /// What became of a part.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Output {
     /// One vector a text.
-    Rows(Vec<f32>),
+    Rows {
+        /// Their numbers.
+        values: Vec<f32>,
+        /// For each whether it came from the cache.
+        cached: Vec<bool>,
+    },
     /// One list of spans a text.
     Spans(Vec<Vec<Range<usize>>>),
 }
@@ -36,6 +48,59 @@ pub(crate) struct Computed {
     pub(crate) parts: Vec<Result<Output, ComputeError>>,
     /// Tokens that went through the model.
     pub(crate) tokens: u64,
+    /// Texts that went through it, or were tokenized.
+    pub(crate) texts: usize,
+    /// Texts whose vectors were known.
+    pub(crate) found: usize,
+    /// Texts that took part in another's computation: the same text, in this batch.
+    pub(crate) shared: usize,
+    /// What was computed and may be kept; every number is finite.
+    pub(crate) fresh: Vec<Fresh>,
+}
+
+/// Where a text's vector comes from.
+enum Source<'a> {
+    Known(&'a [f32]),
+    /// The place among the texts that are computed.
+    Computed(usize),
+}
+
+/// What of a batch must go through the model: each text once, however many ask for it.
+#[derive(Default)]
+struct Plan<'a> {
+    texts: Vec<&'a str>,
+    keys: Vec<Option<CacheKey>>,
+    sources: Vec<Source<'a>>,
+    found: usize,
+    shared: usize,
+}
+
+impl<'a> Plan<'a> {
+    fn of(parts: &'a [Part<'a>]) -> Plan<'a> {
+        let mut plan = Plan::default();
+        let mut places: HashMap<CacheKey, usize> = HashMap::new();
+        for part in parts.iter().filter(|part| part.operation == Operation::Embed) {
+            for text in part.range.clone() {
+                if let Some(Some(vector)) = part.known.get(text) {
+                    plan.found += 1;
+                    plan.sources.push(Source::Known(vector));
+                    continue;
+                }
+                let key = part.keys.get(text).copied();
+                if let Some(place) = key.and_then(|key| places.get(&key)) {
+                    plan.shared += 1;
+                    plan.sources.push(Source::Computed(*place));
+                    continue;
+                }
+                let place = plan.texts.len();
+                plan.texts.push(part.texts.get(text));
+                plan.keys.push(key);
+                plan.sources.push(Source::Computed(place));
+                key.map(|key| places.insert(key, place));
+            }
+        }
+        plan
+    }
 }
 
 /// The batch as a whole failed; which of its jobs is to blame is not known.
@@ -83,21 +148,34 @@ fn compute_uncaught<C: Compute>(
     facts: &ModelFacts,
     parts: &[Part<'_>],
 ) -> Result<Computed, BatchError> {
-    let embed: Vec<&str> = parts
-        .iter()
-        .filter(|part| part.operation == Operation::Embed)
-        .flat_map(|part| part.range.clone().map(|text| part.texts.get(text)))
-        .collect();
-    let (values, tokens) = forward_all(model, facts, &embed)?;
-    let mut rows = values.chunks_exact(facts.dim);
+    let plan = Plan::of(parts);
+    let (values, tokens) = forward_all(model, facts, &plan.texts)?;
+    let row = |place: usize| &values[place * facts.dim..(place + 1) * facts.dim];
+    let is_finite = |row: &[f32]| row.iter().all(|value| value.is_finite());
+    let fresh = plan.keys.iter().enumerate().filter_map(|(place, key)| {
+        let row = row(place);
+        is_finite(row).then_some(((*key)?, Vector::from(row)))
+    });
+    let fresh = fresh.collect();
+    let mut sources = plan.sources.iter();
+    let tokenized: usize =
+        parts.iter().filter(|part| part.operation == Operation::Tokenize).map(|part| part.range.len()).sum();
     let parts = parts
         .iter()
         .map(|part| match part.operation {
-            Operation::Embed => {
+            Operation::Embed | Operation::EmbedFresh => {
                 let mut values = Vec::with_capacity(part.range.len() * facts.dim);
-                rows.by_ref().take(part.range.len()).for_each(|row| values.extend_from_slice(row));
-                if values.iter().all(|value| value.is_finite()) {
-                    Ok(Output::Rows(values))
+                let mut cached = Vec::with_capacity(part.range.len());
+                for source in sources.by_ref().take(part.range.len()) {
+                    let (row, is_known) = match source {
+                        Source::Known(row) => (*row, true),
+                        Source::Computed(place) => (row(*place), false),
+                    };
+                    values.extend_from_slice(row);
+                    cached.push(is_known);
+                }
+                if is_finite(&values) {
+                    Ok(Output::Rows { values, cached })
                 } else {
                     Err(ComputeError::new(Code::BadResult, "a vector holds a number that is not finite"))
                 }
@@ -108,7 +186,9 @@ fn compute_uncaught<C: Compute>(
             }
         })
         .collect();
-    Ok(Computed { parts, tokens })
+    let (found, shared) = (plan.found, plan.shared);
+    let texts = plan.texts.len() + tokenized;
+    Ok(Computed { parts, tokens, texts, found, shared, fresh })
 }
 
 /// Vectors of all texts, and the tokens they have.
@@ -157,7 +237,7 @@ mod tests {
     use crate::double::Double;
 
     fn part<'a>(operation: Operation, texts: &'a Texts, range: Range<usize>) -> Part<'a> {
-        Part { operation, texts, range }
+        Part { operation, texts, range, keys: &[], known: &[] }
     }
 
     fn texts(texts: &[&str]) -> Texts {

@@ -2,20 +2,34 @@
 
 use crate::HostError;
 use crate::accept::{Offer, Refused};
-use crate::compute::{Compute, ComputeError, Loader, ReceivedImage};
+use crate::cache::Cache;
+use crate::compute::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage};
 use crate::host::{FIRST_LANE_TOKEN, Host, MAX_RELAYED_INPUT_BYTES, Served, Wakes};
 use crate::job::Origin;
 use crate::lane::{Lane, LaneError, Permit};
 use crate::link::Farewell;
 use crate::schedule::Client;
+use shm_layout::cache::CacheReader;
 use shm_layout::code::Code;
 use shm_layout::limits::{MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES};
-use shm_layout::wire::{BackingKind, FromEngine, JobFrame, ToEngine};
+use shm_layout::wire::{BackingKind, CacheDescription, FromEngine, JobFrame, ToEngine};
 use shm_os::Interest;
+use shm_os::cache_mapping::CacheMapping;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The generation's cache, mapped and checked; without it the model is served all the same.
+fn map_cache(generation: u64, cache: CacheDescription, fd: &OwnedFd, facts: &ModelFacts) -> Option<Cache> {
+    let mapped = CacheMapping::map(fd.as_fd(), cache.region_bytes)
+        .inspect_err(|error| tracing::warn!(generation, %error, "a vector cache cannot be mapped"))
+        .ok()?;
+    let reader = CacheReader::new(mapped, facts.dim, facts.fingerprint)
+        .inspect_err(|error| tracing::warn!(generation, %error, "a vector cache is not this model's"))
+        .ok()?;
+    Some(Cache::new(reader))
+}
 
 impl<L: Loader> Host<L> {
     /// Reads and does everything that the broker has sent; ends the engine when the link is gone.
@@ -41,8 +55,12 @@ impl<L: Loader> Host<L> {
         // The link gives as many descriptors as the message needs.
         let missing = || HostError::Protocol("a message came without its descriptors");
         match message {
-            ToEngine::LoadModel { generation, image_bytes, backing } => {
-                self.load_model(generation, image_bytes, backing, fds.pop().ok_or_else(missing)?);
+            ToEngine::LoadModel { generation, image_bytes, backing, cache } => {
+                let cache = match cache {
+                    Some(cache) => Some((cache, fds.pop().ok_or_else(missing)?)),
+                    None => None,
+                };
+                self.load_model(generation, image_bytes, backing, fds.pop().ok_or_else(missing)?, cache);
             }
             ToEngine::UnloadModel { generation } => self.unload_model(generation),
             ToEngine::AddLane { lane_id, generation } => {
@@ -56,12 +74,22 @@ impl<L: Loader> Host<L> {
             }
             ToEngine::CancelJob { relay_id } => self.cancel_relayed(relay_id),
             ToEngine::Drain => self.drain(),
-            ToEngine::Totals => self.link.send(&FromEngine::Totals(self.totals())),
+            ToEngine::Totals => {
+                self.cache_totals().iter().for_each(|totals| self.link.send(totals));
+                self.link.send(&FromEngine::Totals(self.totals()));
+            }
         }
         Ok(())
     }
 
-    fn load_model(&self, generation: u64, len_bytes: u64, backing: BackingKind, fd: OwnedFd) {
+    fn load_model(
+        &self,
+        generation: u64,
+        len_bytes: u64,
+        backing: BackingKind,
+        fd: OwnedFd,
+        cache: Option<(CacheDescription, OwnedFd)>,
+    ) {
         if self.state().models.contains_key(&generation) {
             return self.link.send(&FromEngine::ModelReady { generation });
         }
@@ -80,7 +108,8 @@ impl<L: Loader> Host<L> {
         match loaded {
             Ok((model, facts)) => {
                 let farewell = Farewell::new(&self.link, FromEngine::ModelUnloaded { generation });
-                let served = Arc::new(Served { model, facts, farewell });
+                let cache = cache.and_then(|(cache, fd)| map_cache(generation, cache, &fd, &facts));
+                let served = Arc::new(Served { model, facts, cache, farewell });
                 self.state().models.insert(generation, served);
                 self.link.send(&FromEngine::ModelReady { generation });
             }

@@ -3,6 +3,7 @@
 
 use crate::HostError;
 use crate::batch::{self, BatchError, Part};
+use crate::cache;
 use crate::compute::{ComputeError, Loader, ModelFacts};
 use crate::host::{Host, Served, State, Wakes};
 use crate::job::{Job, Origin};
@@ -87,20 +88,33 @@ impl<L: Loader> Host<L> {
                 }
             }
         }
+        if let Some(cache) = &served.cache {
+            parts.iter_mut().for_each(|(job, range)| job.look_again(cache, range));
+        }
         let wanted: Vec<Part<'_>> = parts
             .iter()
-            .map(|(job, range)| Part { operation: job.operation, texts: &job.texts, range: range.clone() })
+            .map(|(job, range)| Part {
+                operation: job.operation,
+                texts: &job.texts,
+                range: range.clone(),
+                keys: &job.keys,
+                known: &job.known,
+            })
             .collect();
         let computed = batch::compute(&served.model, &served.facts, &wanted);
         let elapsed_us = monotonic_ns().saturating_sub(begun_ns) / 1000;
 
-        let (mut wakes, mut needs_probe) = (Wakes::default(), false);
+        let (mut wakes, mut needs_probe, mut fresh) = (Wakes::default(), false, Vec::new());
         let mut after = Vec::new();
         let alone = parts.len() == 1;
         match computed {
             Ok(computed) => {
-                let texts: usize = parts.iter().map(|(_, range)| range.len()).sum();
-                self.counters.texts.fetch_add(texts as u64, Ordering::Relaxed);
+                self.counters.texts.fetch_add(computed.texts as u64, Ordering::Relaxed);
+                fresh = computed.fresh;
+                if let Some(cache) = &served.cache {
+                    cache.count(computed.found, fresh.len(), computed.shared);
+                    cache.remember(&fresh);
+                }
                 self.counters.tokens.fetch_add(computed.tokens, Ordering::Relaxed);
                 for ((mut job, range), outcome) in parts.into_iter().zip(computed.parts) {
                     job.execution_us += elapsed_us;
@@ -135,12 +149,15 @@ impl<L: Loader> Host<L> {
             return self.stop(Err(HostError::ModelBroken { reason: error.message }));
         }
         // Not under the lock: the last hold on an unloaded model unmaps its image.
+        let dim = served.facts.dim;
         drop(served);
         self.settle(&batch, elapsed_us, after);
+        // After the answers, and when the compute is free again: nobody waits for this.
+        cache::send(&self.link, batch.generation, batch.priority, dim, &fresh);
     }
 
     /// Answers a job whose texts are all computed, unless nobody wants it any more.
-    fn answer(&self, mut job: Job, facts: &ModelFacts, wakes: &mut Wakes) {
+    pub(crate) fn answer(&self, mut job: Job, facts: &ModelFacts, wakes: &mut Wakes) {
         let now_ns = monotonic_ns();
         if job.is_cancelled() {
             return self.give_up(job, Code::Cancelled, wakes);

@@ -7,7 +7,8 @@
 
 use crate::HostError;
 use crate::accept::{Offer, Refused, check};
-use crate::compute::{Loader, ModelFacts};
+use crate::cache::Cache;
+use crate::compute::{ComputeError, Loader, ModelFacts};
 use crate::job::{Job, Origin, message_of};
 use crate::lane::{Lane, Taken};
 use crate::link::{Farewell, Link};
@@ -36,6 +37,7 @@ pub(crate) const MAX_RELAYED_INPUT_BYTES: usize = 64 << 20;
 pub(crate) struct Served<C> {
     pub(crate) model: C,
     pub(crate) facts: ModelFacts,
+    pub(crate) cache: Option<Cache>,
     // Last: it speaks when the model is gone.
     pub(crate) farewell: Farewell,
 }
@@ -218,15 +220,31 @@ impl<L: Loader> Host<L> {
 
     /// Checks offers for one model outside of the lock and queues them.
     pub(crate) fn accept(&self, generation: u64, offers: impl Iterator<Item = Offer>) {
-        let facts = self.state().models.get(&generation).map(|served| served.facts);
+        let served = self.state().models.get(&generation).cloned();
         let now_ns = monotonic_ns();
-        let (mut jobs, mut refused) = (Vec::new(), Vec::new());
+        let (mut jobs, mut refused, mut wakes) = (Vec::new(), Vec::new(), Wakes::default());
         for offer in offers {
-            match check(offer, facts.as_ref(), now_ns) {
-                Ok(job) => jobs.push(job),
-                Err(refusal) => refused.push(refusal),
+            let mut job = match check(offer, served.as_ref().map(|served| &served.facts), now_ns) {
+                Ok(job) => job,
+                Err(refusal) => {
+                    refused.push(refusal);
+                    continue;
+                }
+            };
+            if let Some((served, cache)) = served.as_ref().and_then(|s| Some((s, s.cache.as_ref()?))) {
+                if let Err(ComputeError { code, message }) = job.look_up(cache) {
+                    refused.push(Refused { origin: job.origin, code, message: message.into() });
+                    continue;
+                }
+                if job.is_complete() {
+                    // Everything is there: it is answered without ever being scheduled.
+                    self.answer(job, &served.facts, &mut wakes);
+                    continue;
+                }
             }
+            jobs.push(job);
         }
+        wakes.fire();
         if !jobs.is_empty() {
             let mut guard = self.state();
             let state = &mut *guard;
@@ -313,6 +331,9 @@ impl<L: Loader> Host<L> {
         let mut guard = self.state();
         let state = &mut *guard;
         let lane = state.lanes.remove(&lane_id)?;
+        if let Some(cache) = state.models.get(&lane.generation()).and_then(|served| served.cache.as_ref()) {
+            cache.retire_counts(lane.cache_counts());
+        }
         // Under the lock: the thread that computes looks at this before it puts a job back.
         lane.depart();
         let keys = state.schedule.remove_client(Client::Lane(lane_id));
@@ -332,6 +353,17 @@ impl<L: Loader> Host<L> {
             self.state().faulted.insert(lane_id, Arc::downgrade(lane));
             self.link.send(&FromEngine::LaneFault { lane_id, message: message.to_owned() });
         }
+    }
+
+    /// The counters of each generation's cache, as they are sent.
+    pub(crate) fn cache_totals(&self) -> Vec<FromEngine> {
+        let state = self.state();
+        let of = |(generation, served): (&u64, &Arc<Served<L::Model>>)| {
+            let lanes = state.lanes.values().filter(|lane| lane.generation() == *generation);
+            let totals = served.cache.as_ref()?.totals(lanes.map(|lane| lane.cache_counts()));
+            Some(FromEngine::CacheTotals { generation: *generation, totals })
+        };
+        state.models.iter().filter_map(of).collect()
     }
 
     /// The counters as they are sent.

@@ -2,13 +2,16 @@
 //! Nothing here computes, posts or waits.
 
 use crate::batch::Output;
+use crate::cache::{Cache, Vector};
 use crate::compute::{ComputeError, ModelFacts};
 use crate::lane::{Lane, Permit};
 use crate::schedule::{Ask, Client, JobKey};
+use shm_layout::cache::CacheKey;
 use shm_layout::code::Code;
 use shm_layout::lane::CheckedJob;
 use shm_layout::payload::{EmbeddingRows, PayloadError, decode_texts, encode_embeddings, encode_token_spans};
 use shm_layout::wire::{Operation, Priority};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -62,7 +65,7 @@ impl Texts {
                     Operation::Embed => {
                         (SPECIAL_TOKENS + len_bytes.div_ceil(BYTES_PER_TOKEN)).min(max_seq_tokens.max(1))
                     }
-                    Operation::Tokenize => 1,
+                    Operation::Tokenize | Operation::EmbedFresh => 1,
                 };
                 // A text has at most MAX_TEXT_BYTES, so this fits.
                 (model + len_bytes / TOKENIZED_BYTES_PER_COST) as u32
@@ -93,8 +96,9 @@ pub(crate) enum Origin {
 /// Results so far.
 #[derive(Debug)]
 enum Gathered {
-    Rows(Vec<f32>),
-    Spans(Vec<Vec<std::ops::Range<usize>>>),
+    /// Numbers, and for each vector whether it came from the cache.
+    Rows(Vec<f32>, Vec<bool>),
+    Spans(Vec<Vec<Range<usize>>>),
 }
 
 /// A job that was accepted. Owned by one place at a time, and consumed by its answer.
@@ -116,6 +120,11 @@ pub(crate) struct Job {
     pub(crate) begun_ns: Option<u64>,
     /// Time in batches so far.
     pub(crate) execution_us: u64,
+    /// What its texts are found by in the cache; empty when it is not to be used.
+    pub(crate) keys: Vec<CacheKey>,
+    /// For each text its vector, where the cache had it; as long as `keys`.
+    pub(crate) known: Vec<Option<Vector>>,
+    is_fresh: bool,
     costs: Arc<[u32]>,
     done_texts: usize,
     gathered: Gathered,
@@ -127,7 +136,10 @@ pub(crate) struct Job {
 pub(crate) struct Arrival {
     pub(crate) client: Client,
     pub(crate) origin: Origin,
+    /// Not `EmbedFresh`: that is `Embed` with `is_fresh`.
     pub(crate) operation: Operation,
+    /// Compute it whatever the cache holds, and do not keep it.
+    pub(crate) is_fresh: bool,
     pub(crate) priority: Priority,
     pub(crate) generation: u64,
     pub(crate) deadline_ns: u64,
@@ -142,7 +154,7 @@ impl Job {
     pub(crate) fn new(arrival: Arrival, facts: &ModelFacts) -> Job {
         let costs = arrival.texts.costs(arrival.operation, facts.max_seq_tokens);
         let gathered = match arrival.operation {
-            Operation::Embed => Gathered::Rows(Vec::new()),
+            Operation::Embed | Operation::EmbedFresh => Gathered::Rows(Vec::new(), Vec::new()),
             Operation::Tokenize => Gathered::Spans(Vec::new()),
         };
         Job {
@@ -158,6 +170,9 @@ impl Job {
             taken_ns: arrival.taken_ns,
             begun_ns: None,
             execution_us: 0,
+            keys: Vec::new(),
+            known: Vec::new(),
+            is_fresh: arrival.is_fresh,
             costs,
             done_texts: 0,
             gathered,
@@ -197,10 +212,38 @@ impl Job {
         self.deadline_ns != 0 && now_ns >= self.deadline_ns
     }
 
+    /// Looks every text up; when all are found the job is complete, and nothing is to be computed.
+    pub(crate) fn look_up(&mut self, cache: &Cache) -> Result<(), ComputeError> {
+        if self.operation != Operation::Embed || self.is_fresh {
+            return Ok(());
+        }
+        self.keys = (0..self.texts.len()).map(|text| CacheKey::of_text(self.texts.get(text))).collect();
+        self.known = self.keys.iter().map(|key| cache.find(*key)).collect();
+        if !self.known.iter().all(Option::is_some) {
+            return Ok(());
+        }
+        let texts = self.known.len();
+        cache.count(texts, 0, 0);
+        let values = self.known.drain(..).flatten().flat_map(|row| row.to_vec()).collect();
+        self.gather(Output::Rows { values, cached: vec![true; texts] }, texts)
+    }
+
+    /// Looks those texts of `range` up again that were not found when the job came: another job may have had them since.
+    pub(crate) fn look_again(&mut self, cache: &Cache, range: &Range<usize>) {
+        for text in range.clone() {
+            if let (Some(none @ None), Some(key)) = (self.known.get_mut(text), self.keys.get(text)) {
+                *none = cache.find(*key);
+            }
+        }
+    }
+
     /// Adds the results of the next texts.
     pub(crate) fn gather(&mut self, output: Output, texts: usize) -> Result<(), ComputeError> {
         match (&mut self.gathered, output) {
-            (Gathered::Rows(all), Output::Rows(more)) => all.extend_from_slice(&more),
+            (Gathered::Rows(all, flags), Output::Rows { values, cached }) => {
+                all.extend_from_slice(&values);
+                flags.extend(cached);
+            }
             (Gathered::Spans(all), Output::Spans(more)) => all.extend(more),
             _ => {
                 return Err(ComputeError::new(
@@ -221,10 +264,10 @@ impl Job {
     /// The answer's payload.
     pub(crate) fn encode(&mut self, facts: &ModelFacts) -> Vec<u8> {
         match &mut self.gathered {
-            Gathered::Rows(values) => encode_embeddings(&EmbeddingRows {
+            Gathered::Rows(values, cached) => encode_embeddings(&EmbeddingRows {
                 dim: facts.dim,
                 fingerprint: facts.fingerprint,
-                cached: vec![false; self.done_texts],
+                cached: std::mem::take(cached),
                 values: std::mem::take(values),
             }),
             Gathered::Spans(spans) => encode_token_spans(spans),

@@ -150,6 +150,11 @@ impl Lane {
         Ok(true)
     }
 
+    /// What the client says it found in the cache, and what not.
+    pub(crate) fn cache_counts(&self) -> (u64, u64) {
+        shm_layout::lane::cache_counts(&self.mapping)
+    }
+
     /// Notes that a job begins to be computed.
     pub(crate) fn begin(&self, job: &CheckedJob) {
         self.end().begin(job);

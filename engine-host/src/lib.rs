@@ -8,6 +8,7 @@
 //! | `lane` | the engine's end of a lane, its bell |
 //! | `accept`, `job` | what is asked becomes a job or a refusal; a job's texts and results |
 //! | `schedule` | which texts are computed next: pure, simulated in its tests |
+//! | `cache` | what is looked up before it is computed, and sent to the broker afterwards |
 //! | `batch`, `execute` | one batch: computed with its failures contained; its jobs answered or put back |
 //! | [`Compute`], [`Loader`] | what is needed of whatever computes |
 //!
@@ -27,6 +28,7 @@
 
 mod accept;
 mod batch;
+mod cache;
 mod commands;
 mod compute;
 #[cfg(test)]

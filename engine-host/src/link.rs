@@ -104,6 +104,11 @@ impl Link {
         self.note(outcome);
     }
 
+    /// Bytes that wait for room in the socket.
+    pub(crate) fn queued_bytes(&self) -> usize {
+        self.stream().queued_bytes()
+    }
+
     /// The socket may have room again.
     pub(crate) fn on_writable(&self) {
         let outcome = self.flush_locked(&mut self.stream());
@@ -146,7 +151,7 @@ impl Link {
 /// Descriptors that travel with a message.
 fn descriptors_of(message: &ToEngine) -> usize {
     match message {
-        ToEngine::LoadModel { .. } => 1,
+        ToEngine::LoadModel { cache, .. } => 1 + usize::from(cache.is_some()),
         ToEngine::AddLane { .. } => 2,
         _ => 0,
     }

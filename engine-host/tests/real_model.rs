@@ -118,6 +118,7 @@ fn a_compiled_model_is_served_as_it_computes_in_place() {
         generation,
         image_bytes,
         backing: BackingKind::SealedMemfd,
+        cache: None,
     };
     // A size that is not the object's, then the truth.
     let fd = || image.fd_read_only.try_clone().unwrap();

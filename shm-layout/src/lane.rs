@@ -44,6 +44,18 @@ pub fn initialize<M: LaneMemory>(memory: &M, geometry: &Geometry, lane_id: u64) 
     geometry::write_header(memory, geometry, lane_id);
 }
 
+/// Publishes the client's counts of texts found in the cache and not found, for the engine's statistics.
+pub fn publish_cache_counts<M: LaneMemory>(memory: &M, hits: u64, misses: u64) {
+    memory.store_u64(geometry::CACHE_HITS, hits, std::sync::atomic::Ordering::Relaxed);
+    memory.store_u64(geometry::CACHE_MISSES, misses, std::sync::atomic::Ordering::Relaxed);
+}
+
+/// The client's counts of texts found in the cache and not found: whatever the client says, worth a statistic.
+pub fn cache_counts<M: LaneMemory>(memory: &M) -> (u64, u64) {
+    let load = |at| memory.load_u64(at, std::sync::atomic::Ordering::Relaxed);
+    (load(geometry::CACHE_HITS), load(geometry::CACHE_MISSES))
+}
+
 /// Checks the header of a region that was received, against this build's layout.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ pub const MAX_CLIENT_NAME_BYTES: usize = 128;
 /// Longest message inside an error frame, in bytes; longer ones are cut.
 pub const MAX_MESSAGE_BYTES: usize = 8192;
 /// Most descriptors that may accompany one frame.
-pub const MAX_FRAME_DESCRIPTORS: usize = 3;
+pub const MAX_FRAME_DESCRIPTORS: usize = 4;
 /// Times a job may have been running when its engine died before it is answered with `JOB_CRASHED_ENGINE`.
 pub const MAX_JOB_ATTEMPTS: u32 = 8;
 /// After so many attempts a job is run alone, so that it cannot take innocent ones down with it.

@@ -38,6 +38,17 @@ impl Field {
     }
 }
 
+/// One step of FNV-1a, 64 bits, over the bytes of a number: what layouts are hashed with.
+pub(crate) const fn fnv(mut hash: u64, value: u64) -> u64 {
+    let bytes = value.to_le_bytes();
+    let mut i = 0;
+    while i < 8 {
+        hash = (hash ^ bytes[i] as u64).wrapping_mul(0x0000_0100_0000_01b3);
+        i += 1;
+    }
+    hash
+}
+
 const fn same(a: &str, b: &str) -> bool {
     let (a, b) = (a.as_bytes(), b.as_bytes());
     if a.len() != b.len() {

@@ -2,6 +2,7 @@
 //! between `<!-- begin NAME -->` and `<!-- end NAME -->` and is compared with what the code says now.
 //! `BLESS=1 cargo test -p shm-layout --test docs` writes those parts anew. The prose around them is written by hand.
 
+use shm_layout::cache::{CACHE_ENTRY_FIELDS, CACHE_HEADER_FIELDS};
 use shm_layout::code::Code;
 use shm_layout::image::{HEADER_FIELDS, SECTION_ENTRY_FIELDS, TENSOR_ENTRY_FIELDS};
 use shm_layout::lane::{
@@ -101,6 +102,8 @@ fn layout_document_is_what_the_tables_say() {
         ("lane-completion", table("", COMPLETION_ENTRY_FIELDS)),
         ("lane-client-cell", table("", CLIENT_CELL_FIELDS)),
         ("lane-engine-cell", table("", ENGINE_CELL_FIELDS)),
+        ("cache-header", table("", CACHE_HEADER_FIELDS)),
+        ("cache-entry", table("", CACHE_ENTRY_FIELDS)),
         ("frame-head", table("", HEAD_FIELDS)),
     ];
     check("layout.md", &parts);
@@ -224,7 +227,7 @@ fn frame<T: Encode>(request_id: u64, message: &T) -> String {
 
 #[test]
 fn protocol_document_is_what_the_code_does() {
-    let hello = Hello { protocol_major: 1, protocol_minor: 0, layout_hash: 0, client_name: "worker".into() };
+    let hello = Hello { protocol_major: 2, protocol_minor: 0, layout_hash: 0, client_name: "worker".into() };
     let texts = encode_texts(&["hi", "grüße"]).unwrap();
     let job = JobFrame {
         lease_id: 1,
@@ -359,6 +362,9 @@ fn limits_document_is_what_the_constants_say() {
     let parts = [
         ("shared", constants("shm-layout/src/limits.rs", any)),
         ("image", constants("shm-layout/src/image/layout.rs", max)),
+        ("cache", constants("shm-layout/src/cache/layout.rs", max)),
+        ("cache-reader", constants("shm-layout/src/cache/reader.rs", |name| name == "READ_TRIES")),
+        ("cache-engine", constants("engine-host/src/cache.rs", max)),
         ("broker", limits("broker/src/config.rs")),
         ("framed", constants("shm-os/src/framed.rs", any)),
         ("socket", constants("shm-os/src/socket.rs", max)),

@@ -10,6 +10,7 @@ compile_error!(
     "shm-os needs Linux: sealed memfds, pidfds, epoll and /proc have no portable counterpart here"
 );
 
+pub mod cache_mapping;
 pub mod doorbell;
 mod error;
 pub mod fork;

@@ -269,9 +269,21 @@ impl Drop for SharedMapping {
 /// Makes a broker page of `len_bytes` zeros (1 to [`memfd::MAX_BROKER_PAGE_BYTES`]): the maker's writable mapping,
 /// and a read-only descriptor for clients. Sealed so that the mapping returned is the only one that will ever write.
 pub fn create_broker_page(len_bytes: u64) -> Result<(SharedMapping, OwnedFd), MappingError> {
-    let fd = memfd::create_unsealed_broker_page(len_bytes)?;
+    let (name, most) = (memfd::BROKER_PAGE_MEMFD_NAME, memfd::MAX_BROKER_PAGE_BYTES);
+    create_write_once(name, len_bytes, most, memfd::Seals::BROKER_PAGE)
+}
+
+/// Makes an object of zeros of 1 to `most_bytes`, maps it writable, and seals it behind that: the mapping is the only one
+/// that will ever write. The descriptor can only read.
+pub(crate) fn create_write_once(
+    name: &str,
+    len_bytes: u64,
+    most_bytes: u64,
+    seals: memfd::Seals,
+) -> Result<(SharedMapping, OwnedFd), MappingError> {
+    let fd = memfd::create(name, len_bytes, most_bytes)?;
     let mapping = SharedMapping::map(fd.as_fd(), len_bytes, true)?;
-    memfd::add_seals(fd.as_fd(), memfd::Seals::BROKER_PAGE)?;
+    memfd::add_seals(fd.as_fd(), seals)?;
     Ok((mapping, memfd::reopen_read_only(fd.as_fd())?))
 }
 

@@ -126,11 +126,6 @@ pub fn create_writable_image(len_bytes: u64) -> Result<OwnedFd, MemfdError> {
     create(IMAGE_MEMFD_NAME, len_bytes, MAX_IMAGE_BYTES)
 }
 
-/// Makes an unsealed broker page; `mapping::create_broker_page` maps it before sealing.
-pub(crate) fn create_unsealed_broker_page(len_bytes: u64) -> Result<OwnedFd, MemfdError> {
-    create(BROKER_PAGE_MEMFD_NAME, len_bytes, MAX_BROKER_PAGE_BYTES)
-}
-
 /// Seals an image with [`Seals::IMAGE`]. The kernel refuses while a writable mapping exists; passing references
 /// (pages still under I/O) are waited for up to 100 ms, then it is [`MemfdError::StillMapped`].
 pub fn seal_image(fd: BorrowedFd<'_>) -> Result<(), MemfdError> {
@@ -218,7 +213,7 @@ pub fn same_object(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Result<bool, OsError
     Ok((a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
 }
 
-fn create(name: &str, len_bytes: u64, max_bytes: u64) -> Result<OwnedFd, MemfdError> {
+pub(crate) fn create(name: &str, len_bytes: u64, max_bytes: u64) -> Result<OwnedFd, MemfdError> {
     if len_bytes == 0 || len_bytes > max_bytes {
         return Err(MemfdError::BadLength { len_bytes, max_bytes });
     }

@@ -65,11 +65,15 @@ impl Broker {
     #[must_use]
     pub fn start_in(folder: TempDir, arguments: &[&str]) -> Broker {
         let log = folder.path().join("broker.log");
+        // Tests that ask for a text twice want it computed twice, unless they say otherwise.
+        let cache: &[&str] =
+            if arguments.contains(&"--cache-entries") { &[] } else { &["--cache-entries", "0"] };
         let mut child = Command::new(modelbroker())
             .arg("--socket")
             .arg(folder.path().join("b.sock"))
             .args(["serve", "--ready-fd", "1", "--log-file"])
             .arg(&log)
+            .args(cache)
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

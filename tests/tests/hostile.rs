@@ -57,8 +57,10 @@ impl Hostile {
         loop {
             let (_, message) =
                 stream.receive::<BrokerMessage>(PATIENCE).unwrap().expect("the broker answers");
-            if let BrokerMessage::Leased(_) = message {
-                let mut fds = stream.take_descriptors(2).unwrap();
+            if let BrokerMessage::Leased(leased) = message {
+                let cached = usize::from(leased.cache.is_some());
+                let mut fds = stream.take_descriptors(2 + cached).unwrap();
+                fds.truncate(2);
                 let doorbell = Doorbell::from_received(fds.pop().unwrap()).unwrap();
                 let lane = LaneMapping::map(fds.pop().unwrap().as_fd()).unwrap();
                 return Hostile { stream, lane, doorbell };

@@ -1,11 +1,13 @@
 //! Computing in this process on the pages that everybody shares. Only with the feature `local`; how a model computes is
 //! the engine's.
 
+use crate::cache::ClientCache;
 use crate::client::unexpected;
 use crate::embeddings::Embeddings;
 use crate::error::SdkError;
 use crate::model::Model;
 use crate::session::{Reply, Session};
+use crate::settings::EmbedOptions;
 use crate::time::Deadline;
 use shm_layout::image::ImageBytes;
 use shm_layout::wire::{Acquire, ClientMessage, Leased, ModelDescription};
@@ -13,8 +15,8 @@ use shm_os::ReadOnlyMapping;
 use shm_os::image_backing::map_published;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 /// Texts computed between two looks at the caller's list; bounds what tokenization holds at once.
 const TEXTS_AT_ONCE: usize = 256;
@@ -36,6 +38,7 @@ pub struct AttachedModel {
 struct Shared {
     engine: engine::Model,
     image: Arc<MappedImage>,
+    cache: Option<ClientCache>,
     description: ModelDescription,
     _lease: HeldLease,
     generation: u64,
@@ -104,10 +107,13 @@ impl Model {
 impl AttachedModel {
     fn map(leased: Leased, mut fds: Vec<OwnedFd>, lease: HeldLease) -> Result<AttachedModel, SdkError> {
         let fault = |what: String| SdkError::Fault { peer: "the broker", what };
+        // Image, then cache.
+        let cache_fd = leased.cache.and_then(|_| fds.pop());
         let (Some(fd), true) = (fds.pop(), leased.image) else {
             return Err(fault("it gave no image with the lease".into()));
         };
         let description = leased.model;
+        let cache = ClientCache::map(leased.cache, cache_fd, &description, Weak::new());
         let mapping = map_published(fd.as_fd(), description.backing, description.image_bytes)
             .map_err(|error| fault(format!("its image cannot be mapped: {error}")))?;
         let image = Arc::new(MappedImage(mapping));
@@ -121,7 +127,7 @@ impl AttachedModel {
         }
         let generation = lease.generation;
         Ok(AttachedModel {
-            shared: Arc::new(Shared { engine, image, description, _lease: lease, generation }),
+            shared: Arc::new(Shared { engine, image, cache, description, _lease: lease, generation }),
         })
     }
 
@@ -165,6 +171,39 @@ impl AttachedModel {
     /// # Errors
     /// [`SdkError::Local`] naming the text at fault; [`SdkError::Forked`] in a process forked after attaching.
     pub fn embed<T: AsRef<str>>(&self, texts: &[T]) -> Result<Embeddings, SdkError> {
+        self.embed_with(texts, &EmbedOptions::default())
+    }
+
+    /// As [`AttachedModel::embed`], with the choice to leave the cache aside. A vector that it has is not computed; what is
+    /// computed here is not kept in it. Priority and timeout are for the engine's queue and mean nothing here.
+    ///
+    /// # Errors
+    /// As [`AttachedModel::embed`].
+    pub fn embed_with<T: AsRef<str>>(
+        &self,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
+        if self.shared.generation != shm_os::fork_generation() {
+            return Err(SdkError::Forked);
+        }
+        let Some(cache) = self.shared.cache.as_ref().filter(|_| !options.bypass_cache) else {
+            return self.compute_all(texts);
+        };
+        let found = cache.look_up(texts);
+        if found.missing.is_empty() {
+            return Ok(found.rows);
+        }
+        if found.rows.is_empty() {
+            return self.compute_all(texts);
+        }
+        let missing: Vec<&str> = found.missing.iter().map(|index| texts[*index].as_ref()).collect();
+        let computed = self.compute_all(&missing)?;
+        // Of one generation, so this does not fail; were it so, computing all is right.
+        found.merge(&computed).map_or_else(|| self.compute_all(texts), Ok)
+    }
+
+    fn compute_all<T: AsRef<str>>(&self, texts: &[T]) -> Result<Embeddings, SdkError> {
         let info = self.shared.engine.info();
         let mut all = Embeddings::with_capacity(info.output_dim, info.fingerprint, texts.len());
         for some in texts.chunks(TEXTS_AT_ONCE) {

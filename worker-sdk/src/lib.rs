@@ -58,6 +58,11 @@
 //! ([`SdkError::Disconnected`]). If the model that comes back is another one, a list that was half done is begun anew:
 //! one result is never a mixture. An engine's death is the broker's affair and is not noticed here at all.
 //!
+//! # Cache
+//! A text that anybody embedded before is answered from memory that the broker shares: in this process, in microseconds,
+//! without a system call, also while the broker is away. [`Embeddings::cached`] says which vectors came that way; they are
+//! those that computing gives, bit for bit. [`EmbedOptions::bypass_cache`] computes all the same.
+//!
 //! # Forks
 //! A process may fork after connecting, from any thread at any time. In the child, clients and models go on working with a
 //! session of the child's own, made on first use; the parent's is not touched. Only what was in flight stays with the
@@ -75,6 +80,7 @@
 
 #[cfg(feature = "local")]
 mod attach;
+mod cache;
 mod client;
 mod connect;
 mod embeddings;

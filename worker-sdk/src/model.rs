@@ -1,5 +1,6 @@
 //! A leased model as callers use it: blocking calls here, futures in `job`. How jobs travel is `seat`'s.
 
+use crate::cache::Found;
 use crate::client::Client;
 use crate::embeddings::Embeddings;
 use crate::error::SdkError;
@@ -9,6 +10,7 @@ use crate::seat::{Answer, JobSpec, Seat, SeatRequest};
 use crate::settings::{EmbedOptions, ModelRequest};
 use crate::split::split;
 use crate::time::Deadline;
+use shm_layout::limits::MAX_TEXT_BYTES;
 use shm_layout::payload::{PayloadError, decode_embeddings, decode_token_spans, encode_texts};
 use shm_layout::wire::{ModelDescription, Operation};
 use std::collections::VecDeque;
@@ -114,11 +116,57 @@ impl Model {
     ) -> Result<Embeddings, SdkError> {
         let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
+        if let Some(found) = self.look_up(&seat, texts, options)? {
+            if found.missing.is_empty() {
+                return Ok(found.rows);
+            }
+            let missing: Vec<&str> = found.missing.iter().map(|index| texts[*index].as_ref()).collect();
+            let computed = self.compute(&seat, &missing, options, deadline)?;
+            if let Some(all) = found.merge(&computed) {
+                return Ok(all);
+            }
+            // The model was replaced meanwhile: what was found belongs to the old one.
+        }
+        self.compute(&seat, texts, options, deadline)
+    }
+
+    /// What of a list the cache has; `None` when it has nothing of it, or is not to be asked.
+    ///
+    /// # Errors
+    /// [`SdkError::Input`] for a text over the limit: it is named by its place in the whole list.
+    fn look_up<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Option<Found>, SdkError> {
+        if options.bypass_cache {
+            return Ok(None);
+        }
+        let Some(cache) = seat.cache() else { return Ok(None) };
+        let found = cache.look_up(texts);
+        for index in &found.missing {
+            let len_bytes = texts[*index].as_ref().len();
+            if len_bytes > MAX_TEXT_BYTES {
+                return Err(PayloadError::TextTooLong { index: *index, len_bytes }.into());
+            }
+        }
+        Ok((found.missing.len() < texts.len() || texts.is_empty()).then_some(found))
+    }
+
+    /// Sends a list to the engine and gathers the answers.
+    fn compute<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+        deadline: Deadline,
+    ) -> Result<Embeddings, SdkError> {
         for _ in 0..=MAX_MODEL_CHANGES {
             let model = seat.model()?;
             let parts = split(texts, Operation::Embed, model.output_dim as usize)?;
             let mut all: Option<Embeddings> = None;
-            let whole = run(&seat, texts, parts, Operation::Embed, options, deadline, |range, answer| {
+            let whole = run(seat, texts, parts, options.operation(), options, deadline, |range, answer| {
                 let rows = embeddings(&answer, range.len())?;
                 match &mut all {
                     None => {
@@ -150,6 +198,10 @@ impl Model {
     pub fn submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
         let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
+        if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
+            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
+        }
+        // Sent whole: the engine finds what the cache has, and its answer is of one model.
         let (specs, empty) = self.specs(&seat, texts, options, deadline)?;
         seat.wait_room(deadline)?;
         let ids = specs.iter().map(|spec| seat.enqueue(Arc::clone(spec))).collect();
@@ -162,6 +214,9 @@ impl Model {
     /// [`SdkError::WouldBlock`] when there is no room for all of it just now, or the broker is away; nothing was sent.
     pub fn try_submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
         let seat = self.seat();
+        if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
+            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
+        }
         let (specs, empty) = self.specs(&seat, texts, options, Deadline::after(options.timeout))?;
         let ids = seat.try_enqueue(&specs)?;
         Ok(Job::new(self.clone(), seat, specs, ids, empty))
@@ -177,7 +232,7 @@ impl Model {
         let model = seat.model()?;
         let dim = model.output_dim as usize;
         let parts = split(texts, Operation::Embed, dim)?;
-        let specs = parts.into_iter().map(|part| spec(texts, part, Operation::Embed, options, deadline));
+        let specs = parts.into_iter().map(|part| spec(texts, part, options.operation(), options, deadline));
         Ok((specs.collect::<Result<_, _>>()?, Embeddings::with_capacity(dim, model.fingerprint, 0)))
     }
 

@@ -16,6 +16,7 @@ mod link;
 
 pub(crate) use jobs::{Answer, JobSpec};
 
+use crate::cache::ClientCache;
 use crate::connect::Core;
 use crate::error::SdkError;
 use crate::settings::Route;
@@ -25,7 +26,7 @@ use link::{Arrival, Link};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_PAYLOAD_BYTES;
 use shm_layout::wire::ModelDescription;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 /// Jobs that wait to be sent, beyond which `submit` waits.
@@ -80,6 +81,9 @@ pub(crate) struct Seat {
     core: Arc<Core>,
     request: Arc<SeatRequest>,
     state: Mutex<State>,
+    /// The cache of the model as last leased; stays when the broker goes away. Beside the state, so that looking a text up
+    /// waits for nobody who sends or takes answers.
+    cache: RwLock<Option<Arc<ClientCache>>>,
     /// Wakes the background thread.
     driver: Condvar,
 }
@@ -105,6 +109,7 @@ impl Seat {
             core,
             request,
             state: Mutex::new(state),
+            cache: RwLock::new(None),
             driver: Condvar::new(),
         }
     }
@@ -146,7 +151,13 @@ impl Seat {
         self.open(Deadline::after(None), &mut |_| {})
     }
 
-    fn install(&self, state: &mut State, link: Link) {
+    /// The cache to look into before a job is made.
+    pub(crate) fn cache(&self) -> Option<Arc<ClientCache>> {
+        self.cache.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn install(&self, state: &mut State, mut link: Link) {
+        *self.cache.write().unwrap_or_else(PoisonError::into_inner) = link.cache.take().map(Arc::new);
         if let Some(before) = &state.model
             && before.fingerprint != link.model.fingerprint
         {
@@ -422,6 +433,7 @@ impl Seat {
         state.closed = true;
         state.jobs.fail(&SdkError::Cancelled, |_| true);
         let link = state.link.take();
+        *self.cache.write().unwrap_or_else(PoisonError::into_inner) = None;
         self.driver.notify_all();
         self.unlock(state);
         if let Some(link) = link {

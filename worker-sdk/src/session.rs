@@ -409,7 +409,9 @@ impl Session {
                 }
             }
             BrokerMessage::Leased(leased) => {
-                let count = 2 * usize::from(leased.lane.is_some()) + usize::from(leased.image);
+                let count = 2 * usize::from(leased.lane.is_some())
+                    + usize::from(leased.image)
+                    + usize::from(leased.cache.is_some());
                 let fds = inner.stream.take_descriptors(count).map_err(failure)?;
                 let lease_id = leased.lease_id;
                 if !settle(inner, id, Ok(Reply::Leased(leased, fds))) {

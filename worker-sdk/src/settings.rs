@@ -2,7 +2,7 @@
 
 use crate::error::SdkError;
 use shm_layout::limits::{MAX_CLIENT_NAME_BYTES, MAX_MODEL_NAME_BYTES};
-use shm_layout::wire::{LoadProgress, Priority};
+use shm_layout::wire::{LoadProgress, Operation, Priority};
 use shm_os::socket::AllowedPeer;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -182,13 +182,16 @@ pub struct EmbedOptions {
     /// Counted from the call. When it runs out the caller gets [`SdkError::DeadlineExceeded`] and the job is
     /// cancelled. `None`: as long as the broker lives, and the client's patience when it goes away.
     pub timeout: Option<Duration>,
+    /// Compute every text, whatever the cache holds, and keep nothing in it: for measuring, or for texts that no other
+    /// program of this user is to learn of.
+    pub bypass_cache: bool,
 }
 
 impl EmbedOptions {
     /// Throughput before the single answer; gives way to interactive work.
     #[must_use]
     pub fn bulk() -> EmbedOptions {
-        EmbedOptions { priority: Priority::Bulk, timeout: None }
+        EmbedOptions::default().priority(Priority::Bulk)
     }
 
     /// Sets the timeout.
@@ -196,6 +199,18 @@ impl EmbedOptions {
     pub fn timeout(mut self, timeout: Duration) -> EmbedOptions {
         self.timeout = Some(timeout);
         self
+    }
+
+    /// Sets whether the cache is left aside.
+    #[must_use]
+    pub fn bypass_cache(mut self, bypass: bool) -> EmbedOptions {
+        self.bypass_cache = bypass;
+        self
+    }
+
+    /// What a job of this call asks for.
+    pub(crate) fn operation(&self) -> Operation {
+        if self.bypass_cache { Operation::EmbedFresh } else { Operation::Embed }
     }
 
     /// Sets the priority.

@@ -26,7 +26,9 @@ pub(crate) fn split<T: AsRef<str>>(
     dim: usize,
 ) -> Result<Vec<Range<usize>>, SdkError> {
     let (most_texts, most_bytes) = match operation {
-        Operation::Embed => (EMBED_TEXTS.min(rows_per_answer(dim)).max(1), EMBED_BYTES),
+        Operation::Embed | Operation::EmbedFresh => {
+            (EMBED_TEXTS.min(rows_per_answer(dim)).max(1), EMBED_BYTES)
+        }
         Operation::Tokenize => (MAX_TEXTS_PER_JOB, TOKENIZE_BYTES),
     };
     let mut parts = Vec::with_capacity(texts.len() / most_texts + 1);
@@ -63,7 +65,7 @@ pub(crate) fn output_capacity_bytes(
     dim: usize,
 ) -> usize {
     let wanted = match operation {
-        Operation::Embed => embeddings_len_bytes(texts, dim),
+        Operation::Embed | Operation::EmbedFresh => embeddings_len_bytes(texts, dim),
         Operation::Tokenize => {
             let tokens = payload_bytes.saturating_add(2 * texts);
             tokens.saturating_mul(8).saturating_add(8 + 4 * texts).min(MAX_PAYLOAD_BYTES)

@@ -1,7 +1,7 @@
 //! Loads and leases: one load for however many ask, who waits for how long, who gets what.
 
 use super::lanes::{Lane, LaneState};
-use super::models::{EngineSide, EntryState, Finished, Lookup, Waiter};
+use super::models::{CacheSide, EngineSide, EntryState, Finished, Lookup, Waiter};
 use super::{Action, Attachment, Core, ImageFacts, nanos};
 use shm_layout::code::Code;
 use shm_layout::lane::REGION_BYTES;
@@ -92,6 +92,9 @@ impl Core {
     /// Grants what can be granted of a generation now. Leases for computing in the client's own process need no engine.
     pub(super) fn grant_waiters(&mut self, now_ns: u64, generation: u64) {
         let Some(image) = self.models.images.get(&generation) else { return };
+        if image.cache == CacheSide::Making {
+            return;
+        }
         let served = image.engine == EngineSide::Ready;
         let Some(entry) = self.models.entries.get_mut(&image.entry) else { return };
         if entry.state != (EntryState::Loaded { generation }) {
@@ -187,12 +190,18 @@ impl Core {
         lane: Option<u64>,
         image: bool,
     ) {
-        let Some(model) = self.models.images.get(&generation).map(|i| i.description.clone()) else { return };
+        let Some(held) = self.models.images.get(&generation) else { return };
+        let (model, mut cache) = (held.description.clone(), held.cache.description());
+        if lane.is_none() && !image {
+            // A session without shared memory: its jobs find what is cached in the engine.
+            cache = None;
+        }
         let mut attachments = Vec::new();
         attachments.extend(lane.map(Attachment::Lane));
         attachments.extend(image.then_some(Attachment::Image(generation)));
+        attachments.extend(cache.map(|_| Attachment::Cache(generation)));
         let lane = lane.map(|lane_id| LaneDescription { lane_id, region_bytes: REGION_BYTES });
-        let message = BrokerMessage::Leased(Leased { lease_id, model, lane, image });
+        let message = BrokerMessage::Leased(Leased { lease_id, model, lane, image, cache });
         self.actions.push(Action::Send { session, request_id, message, attachments });
     }
 
@@ -256,8 +265,7 @@ impl Core {
                     );
                 }
                 self.actions.push(Action::KeepImage { load_id, generation });
-                self.offer_model(generation);
-                self.grant_waiters(now_ns, generation);
+                self.make_cache(now_ns, generation);
             }
         }
     }

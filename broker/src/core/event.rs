@@ -2,7 +2,10 @@
 //! the I/O around them.
 
 use shm_layout::code::Code;
-use shm_layout::wire::{BackingKind, BrokerMessage, ClientMessage, FromEngine, LoadProgress, ToEngine};
+use shm_layout::wire::{
+    BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, ClientMessage, FromEngine, LoadProgress,
+    ToEngine,
+};
 
 /// How a child process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +74,8 @@ pub(crate) enum Event {
     ClientFault { session: u64, code: Code, message: String },
     /// A client's socket hung up, its process ended, or it was given up.
     ClientGone { session: u64 },
+    /// A generation's cache exists now; `None`: it could not be made, and the generation is served without.
+    CacheMade { generation: u64, cache: Option<CacheDescription> },
     /// A lane's region and doorbell exist now, or could not be made.
     LaneMade { lane_id: u64, outcome: Result<(), String> },
     /// A loader could not be started.
@@ -106,6 +111,8 @@ pub(crate) enum Attachment {
     Lane(u64),
     /// The image of a generation.
     Image(u64),
+    /// The cache region of a generation.
+    Cache(u64),
 }
 
 /// One thing to do. The order in which they are given is the order in which they are done.
@@ -127,8 +134,12 @@ pub(crate) enum Action {
     KeepImage { load_id: u64, generation: u64 },
     /// The image that a load handed over is not needed.
     DiscardImage { load_id: u64 },
-    /// Close the image of a generation.
+    /// Close the image of a generation, and its cache.
     CloseImage { generation: u64 },
+    /// Make the cache of a generation; answered by [`Event::CacheMade`].
+    MakeCache { generation: u64, dim: u32, fingerprint: u64 },
+    /// Keep vectors in the cache of a generation, as far as they are vectors of it.
+    FillCache { generation: u64, bulk: bool, keys: Vec<CacheInsertKey>, values: Vec<u8> },
     /// Start an engine; answered by [`Event::EngineStarted`] or [`Event::EngineNotStarted`].
     StartEngine { incarnation: u64 },
     /// Kill the engine; answered by [`Event::EngineExited`] once it is reaped.

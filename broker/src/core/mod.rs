@@ -6,12 +6,14 @@
 //! | `clients` | what a client's frame leads to: hello, faults, release, shutdown, the end of a session |
 //! | `acquire` | loads and leases: one load for many askers, who waits, who gets what |
 //! | `jobs` | jobs on the socket: admission, relaying, one answer each |
+//! | `caches` | vector caches: made before their generation is served, filled by what engines say |
 //! | `serving` | the engine: start, hand-over of models, lanes and jobs, death and restart |
 //! | `leaving` | draining, idle exit, the end |
 //! | `status` | the report |
 //! | `session`, `models`, `leases`, `lanes`, `relay`, `engine` | the bookkeeping that these share |
 
 mod acquire;
+mod caches;
 mod clients;
 mod engine;
 mod event;
@@ -43,6 +45,8 @@ pub(crate) struct CoreConfig {
     pub(crate) limits: Limits,
     pub(crate) idle_exit: Option<Duration>,
     pub(crate) allow_other_users: bool,
+    /// Whether generations get a cache.
+    pub(crate) caches: bool,
     pub(crate) own_uid: u32,
     pub(crate) boot_id: u64,
     pub(crate) broker_pid: u32,
@@ -109,6 +113,7 @@ impl Core {
             }
             Event::ClientFault { session, code, message } => self.fault(now_ns, session, code, &message),
             Event::ClientGone { session } => self.end_session(now_ns, session),
+            Event::CacheMade { generation, cache } => self.cache_made(now_ns, generation, cache),
             Event::LaneMade { lane_id, outcome } => self.lane_made(lane_id, outcome),
             Event::LoaderNotStarted { load_id, message } => {
                 let message = format!("the loader cannot be started: {message}");

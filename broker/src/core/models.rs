@@ -4,7 +4,7 @@
 use super::event::ImageFacts;
 use crate::config::Limits;
 use shm_layout::code::Code;
-use shm_layout::wire::{LoadProgress, ModelDescription, Refusal};
+use shm_layout::wire::{CacheDescription, CacheTotals, LoadProgress, ModelDescription, Refusal};
 use std::collections::{BTreeMap, HashMap};
 
 /// A request for a lease that waits for a load or for an engine.
@@ -71,6 +71,30 @@ pub(crate) struct Image {
     pub(crate) entry: u64,
     pub(crate) description: ModelDescription,
     pub(crate) engine: EngineSide,
+    pub(crate) cache: CacheSide,
+    /// What was found in the cache, in the life of the present engine.
+    pub(crate) cache_totals: CacheTotals,
+}
+
+/// How far a generation's cache is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CacheSide {
+    /// It is being made; nobody is told of the generation before.
+    Making,
+    /// It is there.
+    Made(CacheDescription),
+    /// There is none.
+    Absent,
+}
+
+impl CacheSide {
+    /// What readers are told.
+    pub(crate) fn description(self) -> Option<CacheDescription> {
+        match self {
+            CacheSide::Made(cache) => Some(cache),
+            CacheSide::Making | CacheSide::Absent => None,
+        }
+    }
 }
 
 /// What a request for a model has to do.
@@ -242,7 +266,14 @@ impl Models {
             content_hash: facts.content_hash,
             backing: facts.backing,
         };
-        self.images.insert(generation, Image { entry: id, description, engine: EngineSide::Unsent });
+        let image = Image {
+            entry: id,
+            description,
+            engine: EngineSide::Unsent,
+            cache: CacheSide::Making,
+            cache_totals: CacheTotals::default(),
+        };
+        self.images.insert(generation, image);
         Finished::New { entry: id, generation, needless_loads }
     }
 

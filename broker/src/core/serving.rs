@@ -3,10 +3,10 @@
 
 use super::engine::Phase;
 use super::lanes::LaneState;
-use super::models::{EngineSide, ms_until};
+use super::models::{CacheSide, EngineSide, ms_until};
 use super::{Action, Attachment, Core};
 use shm_layout::code::Code;
-use shm_layout::wire::{FromEngine, Refusal, ToEngine};
+use shm_layout::wire::{CacheTotals, FromEngine, Refusal, ToEngine};
 use std::collections::BTreeSet;
 use tracing::{debug, info, warn};
 
@@ -91,6 +91,14 @@ impl Core {
                 self.engine.worked();
                 self.job_answered(answer);
             }
+            FromEngine::CacheInsert { generation, bulk, keys, values } => {
+                self.fill_cache(generation, bulk, keys, values);
+            }
+            FromEngine::CacheTotals { generation, totals } => {
+                if let Some(image) = self.models.images.get_mut(&generation) {
+                    image.cache_totals = totals;
+                }
+            }
             FromEngine::Totals(totals) => {
                 self.engine.totals = totals;
                 self.answer_status(now_ns);
@@ -104,16 +112,20 @@ impl Core {
             return;
         }
         let Some(image) = self.models.images.get_mut(&generation) else { return };
-        if image.engine != EngineSide::Unsent {
+        if image.engine != EngineSide::Unsent || image.cache == CacheSide::Making {
             return;
         }
         image.engine = EngineSide::Sent;
+        let cache = image.cache.description();
         let message = ToEngine::LoadModel {
             generation,
             image_bytes: image.description.image_bytes,
             backing: image.description.backing,
+            cache,
         };
-        self.tell_engine(message, vec![Attachment::Image(generation)]);
+        let mut attachments = vec![Attachment::Image(generation)];
+        attachments.extend(cache.map(|_| Attachment::Cache(generation)));
+        self.tell_engine(message, attachments);
     }
 
     fn model_served(&mut self, now_ns: u64, generation: u64) {
@@ -181,6 +193,7 @@ impl Core {
         self.engine.dead(why, now_ns, &limits);
         for image in self.models.images.values_mut() {
             image.engine = EngineSide::Unsent;
+            image.cache_totals = CacheTotals::default();
         }
         self.lanes.engine_gone();
         self.jobs_lost_their_engine();

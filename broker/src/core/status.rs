@@ -3,7 +3,7 @@
 use super::models::EntryState;
 use super::{Core, nanos};
 use shm_layout::wire::{
-    BrokerMessage, EngineReport, ModelReport, ModelState, SessionReport, StatusReport, ToEngine,
+    BrokerMessage, CacheReport, EngineReport, ModelReport, ModelState, SessionReport, StatusReport, ToEngine,
 };
 use std::collections::BTreeMap;
 
@@ -64,7 +64,7 @@ impl Core {
         }
     }
 
-    /// The report; the number of open descriptors is filled in by the I/O side.
+    /// The report; the I/O side fills in the number of open descriptors and how full the caches are.
     fn report(&self, now_ns: u64) -> StatusReport {
         let us_since = |then_ns: u64| now_ns.saturating_sub(then_ns) / 1000;
         let mut holders: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
@@ -102,6 +102,14 @@ impl Core {
                     loads: entry.loads,
                     idle_us: us_since(entry.last_use_ns),
                     error,
+                    cache: image.and_then(|image| {
+                        let region_bytes = image.cache.description()?.region_bytes;
+                        Some(CacheReport {
+                            region_bytes,
+                            totals: image.cache_totals,
+                            ..CacheReport::default()
+                        })
+                    }),
                 }
             })
             .collect();

@@ -1,6 +1,7 @@
 //! The one thread and its one poller: waits, hands what happened to the core, does what the core says. Sleeps without
 //! end when nothing is timed.
 
+use super::caches::Cache;
 use super::children::{Child, EngineLink};
 use super::clients::reserve;
 use super::connection::{Connection, ConnectionBounds};
@@ -96,6 +97,9 @@ pub(crate) struct EventLoop {
     pub(crate) more_frames: BTreeSet<u64>,
     pub(crate) lanes: HashMap<u64, LaneDescriptors>,
     pub(crate) images: HashMap<u64, OwnedFd>,
+    pub(crate) caches: HashMap<u64, Cache>,
+    pub(crate) cache_entries: usize,
+    pub(crate) cache_ttl: Duration,
     /// Images that loaders handed over and the core has not decided about.
     pub(crate) offered_images: HashMap<u64, OwnedFd>,
     pub(crate) loaders: HashMap<u64, Child>,
@@ -123,6 +127,7 @@ impl EventLoop {
                 limits: config.limits.clone(),
                 idle_exit: config.idle_exit,
                 allow_other_users: config.allow_other_users,
+                caches: config.cache_entries > 0,
                 own_uid: effective_uid(),
                 // Keyed by the system's randomness, anew in each process.
                 boot_id: std::hash::RandomState::new().build_hasher().finish() | 1,
@@ -157,6 +162,9 @@ impl EventLoop {
             more_frames: BTreeSet::new(),
             lanes: HashMap::new(),
             images: HashMap::new(),
+            caches: HashMap::new(),
+            cache_entries: config.cache_entries,
+            cache_ttl: config.cache_ttl,
             offered_images: HashMap::new(),
             loaders: HashMap::new(),
             engine: EngineLink::default(),

@@ -1,6 +1,7 @@
 //! The I/O around the decisions: sockets, child processes, descriptors, time. Decides nothing but order and bounds of
 //! input and output.
 
+mod caches;
 mod children;
 mod clients;
 mod connection;

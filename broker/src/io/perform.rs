@@ -1,5 +1,6 @@
 //! Does what the core decided, action by action, and finds the descriptors that actions name.
 
+use super::caches::Cache;
 use super::event_loop::EventLoop;
 use crate::core::{Action, Attachment, Event};
 use shm_layout::code::Code;
@@ -71,7 +72,28 @@ impl EventLoop {
             }
             Action::CloseImage { generation } => {
                 self.images.remove(&generation);
+                self.caches.remove(&generation);
                 self.descriptor_freed();
+            }
+            Action::MakeCache { generation, dim, fingerprint } => {
+                let made = Cache::make(self.cache_entries, self.cache_ttl, dim, fingerprint);
+                let cache = match made {
+                    Ok(cache) => {
+                        let description = cache.description();
+                        self.caches.insert(generation, cache);
+                        Some(description)
+                    }
+                    Err(error) => {
+                        warn!(generation, "no vector cache for this model, it is served without: {error}");
+                        None
+                    }
+                };
+                self.events.push_back(Event::CacheMade { generation, cache });
+            }
+            Action::FillCache { generation, bulk, keys, values } => {
+                if let Some(cache) = self.caches.get_mut(&generation) {
+                    cache.fill(self.now_ns, bulk, &keys, &values);
+                }
             }
             Action::StartEngine { incarnation } => self.start_engine(incarnation),
             Action::KillEngine { incarnation } => self.kill_engine(incarnation),
@@ -89,6 +111,13 @@ impl EventLoop {
     ) {
         if let BrokerMessage::Status(report) = &mut message {
             report.open_descriptors = open_descriptors();
+            for model in &mut report.models {
+                if let (Some(cache), Some(description)) = (&mut model.cache, &model.description)
+                    && let Some(held) = self.caches.get(&description.generation)
+                {
+                    held.report(cache);
+                }
+            }
         }
         match self.descriptors(attachments) {
             Some(Ok(fds)) => self.send_client(session, request_id, &message, fds),
@@ -116,6 +145,7 @@ impl EventLoop {
                     named.extend([&lane.region, &lane.doorbell]);
                 }
                 Attachment::Image(generation) => named.push(self.images.get(generation)?),
+                Attachment::Cache(generation) => named.push(&self.caches.get(generation)?.region),
             }
         }
         Some(named.into_iter().map(OwnedFd::try_clone).collect())

@@ -116,7 +116,9 @@ impl Client {
     pub(crate) fn granted(&mut self, request: u64) -> (Leased, Vec<OwnedFd>) {
         match self.reply(request) {
             BrokerMessage::Leased(leased) => {
-                let count = 2 * usize::from(leased.lane.is_some()) + usize::from(leased.image);
+                let count = 2 * usize::from(leased.lane.is_some())
+                    + usize::from(leased.image)
+                    + usize::from(leased.cache.is_some());
                 let fds = self.stream.take_descriptors(count).expect("descriptors come with a lease");
                 (leased, fds)
             }

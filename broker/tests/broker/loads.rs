@@ -30,7 +30,7 @@ fn one_load_for_all_who_ask_at_once() {
         all_asked.wait();
         broker.go();
         for client in asked {
-            assert_eq!(client.join().unwrap(), ("org/m".to_owned(), 1, 3));
+            assert_eq!(client.join().unwrap(), ("org/m".to_owned(), 1, 4));
         }
     });
     assert_eq!(broker.loads().len(), 1);

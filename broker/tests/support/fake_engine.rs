@@ -78,8 +78,9 @@ impl Engine {
 
     fn take(&mut self, message: ToEngine) {
         match message {
-            ToEngine::LoadModel { generation, .. } => {
-                let mut fds = self.link.take_descriptors(1).expect("the image comes with it");
+            ToEngine::LoadModel { generation, cache, .. } => {
+                let count = 1 + usize::from(cache.is_some());
+                let mut fds = self.link.take_descriptors(count).expect("the image comes with it");
                 self.models.insert(generation, fds.remove(0));
                 match self.mode.as_str() {
                     "refuses-models" => self.say(&FromEngine::ModelFailed {

@@ -4,7 +4,7 @@ use crate::args::{JsonArgs, StopArgs};
 use crate::failure::Failure;
 use crate::terminal::{bold, bytes, micros};
 use serde_json::{Value, json};
-use shm_layout::wire::{EngineReport, ModelReport, ModelState, SessionReport};
+use shm_layout::wire::{CacheReport, CacheTotals, EngineReport, ModelReport, ModelState, SessionReport};
 use std::path::PathBuf;
 use std::time::Duration;
 use worker_sdk::{StartBroker, StatusReport};
@@ -31,6 +31,9 @@ pub(super) fn status(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Fai
     );
     for model in &report.models {
         println!("{}", model_line(model));
+        if let Some(cache) = &model.cache {
+            println!("{}", cache_line(cache));
+        }
     }
     for engine in &report.engines {
         println!(
@@ -153,7 +156,47 @@ fn model_json(model: &ModelReport) -> Value {
         "lease_pids": model.lease_pids,
         "idle_us": model.idle_us,
         "error": model.error,
+        "cache": model.cache.as_ref().map(cache_json),
     })
+}
+
+/// Texts that were found, of those that were asked for, in percent; `None` when none was.
+fn hit_rate_percent(totals: &CacheTotals) -> Option<f64> {
+    let hits = totals.client_hits as f64 + totals.engine_hits as f64;
+    let asked = hits + totals.engine_misses as f64 + totals.shared as f64;
+    (asked > 0.0).then(|| 100.0 * hits / asked)
+}
+
+fn cache_json(cache: &CacheReport) -> Value {
+    let totals = &cache.totals;
+    json!({
+        "entries": cache.entries,
+        "capacity": cache.capacity,
+        "region_bytes": cache.region_bytes,
+        "client_hits": totals.client_hits,
+        "client_misses": totals.client_misses,
+        "engine_hits": totals.engine_hits,
+        "engine_misses": totals.engine_misses,
+        "shared": totals.shared,
+        "hit_rate_percent": hit_rate_percent(totals),
+    })
+}
+
+fn cache_line(cache: &CacheReport) -> String {
+    let totals = &cache.totals;
+    let rate =
+        hit_rate_percent(totals).map_or("nothing asked yet".to_owned(), |rate| format!("{rate:.1} % found"));
+    format!(
+        "{} {} of {} vectors, up to {}; {rate}: {} in clients, {} in the engine, {} computed, {} shared a computation",
+        bold("cache"),
+        cache.entries,
+        cache.capacity,
+        bytes(cache.region_bytes),
+        totals.client_hits,
+        totals.engine_hits,
+        totals.engine_misses,
+        totals.shared
+    )
 }
 
 fn engine_json(engine: &EngineReport) -> Value {

@@ -21,6 +21,7 @@ pub(super) fn run(socket: Option<PathBuf>, args: EmbedArgs) -> Result<(), Failur
     let model = super::lease(&client, &args.model, args.route)?;
     let from_stdin = args.texts.is_empty() || args.texts == ["-"];
     let timeout = Duration::from_secs(args.timeout);
+    let options = EmbedOptions::bulk().timeout(timeout).bypass_cache(args.no_cache);
     let mut out = Output::new(args.format);
     if from_stdin {
         let mut input = Lines { reader: io::stdin().lock(), format: args.input, number: 0 };
@@ -29,11 +30,11 @@ pub(super) fn run(socket: Option<PathBuf>, args: EmbedArgs) -> Result<(), Failur
             if texts.is_empty() {
                 break;
             }
-            out.write(&embed(&model, &texts, timeout)?)?;
+            out.write(&embed(&model, &texts, &options)?)?;
         }
     } else {
         for texts in args.texts.chunks(TEXTS_AT_ONCE) {
-            out.write(&embed(&model, texts, timeout)?)?;
+            out.write(&embed(&model, texts, &options)?)?;
         }
     }
     if out.count == 0 {
@@ -45,8 +46,8 @@ pub(super) fn run(socket: Option<PathBuf>, args: EmbedArgs) -> Result<(), Failur
     out.finish()
 }
 
-fn embed(model: &Model, texts: &[String], timeout: Duration) -> Result<Embeddings, Failure> {
-    Ok(model.embed_with(texts, &EmbedOptions::bulk().timeout(timeout))?)
+fn embed(model: &Model, texts: &[String], options: &EmbedOptions) -> Result<Embeddings, Failure> {
+    Ok(model.embed_with(texts, options)?)
 }
 
 struct Lines<R> {

@@ -60,6 +60,7 @@ pub(super) fn run(socket: Option<PathBuf>, args: &LoadArgs) -> Result<(), Failur
             socket_route: args.route == RouteArg::Socket,
             duration_ms: millis(args.duration),
             timeout_ms: millis(args.timeout),
+            cached: args.cached,
             threads: threads.to_vec(),
             reference: reference.clone(),
         })?;
@@ -112,7 +113,7 @@ fn make_reference(
 ) -> Result<(NamedTempFile, Reference), Failure> {
     let file = tempfile::Builder::new().prefix("modelbroker-load-").tempfile()?;
     let mut out = BufWriter::new(file.as_file());
-    let options = EmbedOptions::default().timeout(super::seconds(args.timeout));
+    let options = EmbedOptions::default().timeout(super::seconds(args.timeout)).bypass_cache(true);
     let (mut dim, mut fingerprint) = (0, 0);
     for (number, text) in texts.iter().enumerate() {
         if interrupt.is_set() {

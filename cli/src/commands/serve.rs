@@ -61,6 +61,8 @@ pub(super) fn run(socket: Option<PathBuf>, args: ServeArgs) -> Result<(), Failur
     config.backing = args.backing.into();
     config.idle_exit = args.idle_exit.map(Duration::from_secs);
     config.allow_other_users = args.allow_other_users;
+    config.cache_entries = args.cache_entries;
+    config.cache_ttl = Duration::from_secs(args.cache_ttl);
     if let Some(fd) = args.ready_fd {
         let mut ready = open_inherited(fd)?;
         config.on_ready = Some(Box::new(move || {

@@ -65,7 +65,7 @@ impl Broker {
     pub(crate) fn load_sized(&mut self, generation: u64, image_bytes: u64) {
         let image = std::fs::File::open("/dev/null").unwrap().into();
         let backing = BackingKind::SealedMemfd;
-        self.send(&ToEngine::LoadModel { generation, image_bytes, backing }, vec![image]);
+        self.send(&ToEngine::LoadModel { generation, image_bytes, backing, cache: None }, vec![image]);
     }
 
     pub(crate) fn add_lane(&mut self, client: &Client, generation: u64) {

@@ -4,10 +4,11 @@ use super::reader::Reader;
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_FRAME_BODY_BYTES;
 use shm_layout::wire::{
-    Acquire, AnswerFrame, BackingKind, BrokerMessage, ClientMessage, Decode, Encode, EngineReport,
-    EngineTotals, FrameBuffer, FromEngine, FromLoader, HEAD_BYTES, Hello, JobFrame, LaneDescription, Leased,
-    LoadProgress, ModelDescription, ModelReport, ModelState, Operation, Priority, Refusal, SessionReport,
-    StatusReport, ToEngine, Welcome, decode_body, encode_frame,
+    Acquire, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
+    CacheTotals, ClientMessage, Decode, Encode, EngineReport, EngineTotals, FrameBuffer, FromEngine,
+    FromLoader, HEAD_BYTES, Hello, JobFrame, LaneDescription, Leased, LoadProgress, ModelDescription,
+    ModelReport, ModelState, Operation, Priority, Refusal, SessionReport, StatusReport, ToEngine, Welcome,
+    decode_body, encode_frame,
 };
 
 /// First byte even: the rest is one body. Odd: the rest is a stream, fed in pieces whose sizes the first bytes choose.
@@ -113,6 +114,12 @@ fn status() -> StatusReport {
             loads: 1,
             idle_us: 0,
             error: Some("e".into()),
+            cache: Some(CacheReport {
+                entries: 1,
+                capacity: 2,
+                region_bytes: 3,
+                totals: CacheTotals::default(),
+            }),
         }],
         engines: vec![EngineReport {
             pid: 30,
@@ -137,7 +144,7 @@ fn status() -> StatusReport {
 }
 
 fn client_messages() -> Vec<(&'static str, ClientMessage)> {
-    let hello = Hello { protocol_major: 1, protocol_minor: 0, layout_hash: 7, client_name: "worker".into() };
+    let hello = Hello { protocol_major: 2, protocol_minor: 0, layout_hash: 7, client_name: "worker".into() };
     let acquire = Acquire { model: "m".into(), want_lane: true, want_image: false, wait_ms: 1000 };
     vec![
         ("hello", ClientMessage::Hello(hello)),
@@ -153,7 +160,7 @@ fn client_messages() -> Vec<(&'static str, ClientMessage)> {
 
 fn broker_messages() -> Vec<(&'static str, BrokerMessage)> {
     let welcome = Welcome {
-        protocol_major: 1,
+        protocol_major: 2,
         protocol_minor: 0,
         session_id: 1,
         boot_id: 2,
@@ -171,7 +178,16 @@ fn broker_messages() -> Vec<(&'static str, BrokerMessage)> {
                 retry_after_ms: 0,
             }),
         ),
-        ("leased", BrokerMessage::Leased(Leased { lease_id: 2, model: description(), lane, image: true })),
+        (
+            "leased",
+            BrokerMessage::Leased(Leased {
+                lease_id: 2,
+                model: description(),
+                lane,
+                image: true,
+                cache: Some(CacheDescription { region_bytes: 4096 }),
+            }),
+        ),
         ("released", BrokerMessage::Released),
         ("progress", BrokerMessage::Progress(progress())),
         ("answer", BrokerMessage::Answer(answer())),
@@ -183,7 +199,7 @@ fn broker_messages() -> Vec<(&'static str, BrokerMessage)> {
 fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
     let backing = BackingKind::ImageFile;
     let to_engine = [
-        ("load-model", ToEngine::LoadModel { generation: 1, image_bytes: 2, backing }),
+        ("load-model", ToEngine::LoadModel { generation: 1, image_bytes: 2, backing, cache: None }),
         ("add-lane", ToEngine::AddLane { lane_id: 1, generation: 2 }),
         ("job", ToEngine::Job { relay_id: 1, session_id: 2, generation: 3, attempts: 0, job: job() }),
         ("drain", ToEngine::Drain),
@@ -196,6 +212,15 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("engine-answer", FromEngine::Answer(answer())),
         ("totals", FromEngine::Totals(EngineTotals::default())),
+        (
+            "cache-insert",
+            FromEngine::CacheInsert {
+                generation: 1,
+                bulk: true,
+                keys: vec![CacheInsertKey { low: 1, high: 2, left_ms: 0 }],
+                values: vec![0, 0, 128, 63],
+            },
+        ),
     ];
     let from_loader = [
         ("loader-progress", FromLoader::Progress(progress())),

@@ -3,7 +3,7 @@
 
 use super::fault::LaneFault;
 use super::memory::LaneMemory;
-use crate::table::{Field, assert_packed, offset_of};
+use crate::table::{Field, assert_packed, fnv, offset_of};
 use std::sync::atomic::Ordering;
 
 /// Distance between words of different writers: two cache lines, so that the adjacent-line prefetcher does not couple
@@ -47,6 +47,15 @@ pub const CONTROL_FIELDS: &[Field] = &[
         "entries ever completed, wrapping; the futex word that a client sleeps on",
     ),
     Field::new("completion_head", 768, 4, "atomic u32", "client", "entries ever reaped, wrapping"),
+    Field::new("cache_hits", 776, 8, "atomic u64", "client", "texts found in the cache, for statistics only"),
+    Field::new(
+        "cache_misses",
+        784,
+        8,
+        "atomic u64",
+        "client",
+        "texts looked for in vain, for statistics only",
+    ),
     Field::new(
         "client_waiting",
         896,
@@ -63,6 +72,10 @@ pub(super) const SUBMISSION_HEAD: usize = offset_of(CONTROL_FIELDS, "submission_
 pub(super) const ENGINE_ARMED: usize = offset_of(CONTROL_FIELDS, "engine_armed");
 pub(super) const COMPLETION_TAIL: usize = offset_of(CONTROL_FIELDS, "completion_tail");
 pub(super) const COMPLETION_HEAD: usize = offset_of(CONTROL_FIELDS, "completion_head");
+/// Where a client counts what it found in the cache.
+pub(super) const CACHE_HITS: usize = offset_of(CONTROL_FIELDS, "cache_hits");
+/// Where it counts what it did not find.
+pub(super) const CACHE_MISSES: usize = offset_of(CONTROL_FIELDS, "cache_misses");
 pub(super) const CLIENT_WAITING: usize = offset_of(CONTROL_FIELDS, "client_waiting");
 
 /// One entry of the submission ring, written and read as one word.
@@ -295,16 +308,6 @@ pub const LAYOUT_HASH: u64 = {
     }
     hash
 };
-
-const fn fnv(mut hash: u64, value: u64) -> u64 {
-    let bytes = value.to_le_bytes();
-    let mut i = 0;
-    while i < 8 {
-        hash = (hash ^ bytes[i] as u64).wrapping_mul(0x0000_0100_0000_01b3);
-        i += 1;
-    }
-    hash
-}
 
 pub(super) fn write_header<M: LaneMemory>(memory: &M, geometry: &Geometry, lane_id: u64) {
     let put = |name, bytes: &[u8]| memory.write(offset_of(LANE_HEADER_FIELDS, name), bytes);

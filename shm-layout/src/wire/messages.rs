@@ -12,6 +12,8 @@ pub enum Operation {
     Embed = 1,
     /// Texts to the byte offsets of their tokens; the answer is a token-spans payload.
     Tokenize = 2,
+    /// As `Embed`, but computed whatever the cache holds, and not kept in it.
+    EmbedFresh = 3,
 }
 
 impl Operation {
@@ -21,6 +23,7 @@ impl Operation {
         match number {
             1 => Some(Operation::Embed),
             2 => Some(Operation::Tokenize),
+            3 => Some(Operation::EmbedFresh),
             _ => None,
         }
     }
@@ -144,7 +147,8 @@ pub enum BrokerMessage {
     Welcome(Welcome),
     /// The request with this frame's id is refused or failed.
     Refused(Refusal),
-    /// A lease. Descriptors, in this order: lane region and doorbell if a lane was asked for, image if it was asked for.
+    /// A lease. Descriptors, in this order: lane region and doorbell if a lane was asked for, image if it was asked for,
+    /// cache region if there is one.
     Leased(Leased),
     /// The lease is given back.
     Released,
@@ -283,6 +287,15 @@ pub struct Leased {
     pub lane: Option<LaneDescription>,
     /// Whether the image's descriptor is attached.
     pub image: bool,
+    /// The generation's cache, if it has one.
+    pub cache: Option<CacheDescription>,
+}
+
+/// A vector cache as its readers are told of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct CacheDescription {
+    /// Size of the region in bytes.
+    pub region_bytes: u64,
 }
 
 /// A lane as its client is told of it.
@@ -337,6 +350,36 @@ pub struct ModelReport {
     pub idle_us: u64,
     /// Why the last load failed.
     pub error: Option<String>,
+    /// State of its vector cache, where it has one.
+    pub cache: Option<CacheReport>,
+}
+
+/// State of one vector cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
+pub struct CacheReport {
+    /// Vectors that it holds, expired ones that nothing has replaced counted.
+    pub entries: u64,
+    /// Most vectors that it holds.
+    pub capacity: u64,
+    /// Size of its region; pages that were never written take no memory.
+    pub region_bytes: u64,
+    /// What was found in it and what was not.
+    pub totals: CacheTotals,
+}
+
+/// What was found in a vector cache, in the life of the present engine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
+pub struct CacheTotals {
+    /// Texts that clients found in their own process, as they say.
+    pub client_hits: u64,
+    /// Texts that clients did not find there, as they say; the engine looks for them again.
+    pub client_misses: u64,
+    /// Texts that the engine found.
+    pub engine_hits: u64,
+    /// Texts that it computed because they were not there.
+    pub engine_misses: u64,
+    /// Texts that it did not compute because another job of the same batch had the same text.
+    pub shared: u64,
 }
 
 /// One engine in a [`StatusReport`].
@@ -418,7 +461,7 @@ pub struct StatusReport {
 /// From the broker to an engine.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum ToEngine {
-    /// Serve this image. Descriptor: the image, read-only.
+    /// Serve this image. Descriptors: the image, read-only; the cache region, read-only, if there is one.
     LoadModel {
         /// Generation under which jobs name it.
         generation: u64,
@@ -426,6 +469,8 @@ pub enum ToEngine {
         image_bytes: u64,
         /// What it lies in.
         backing: BackingKind,
+        /// The generation's cache, if it has one.
+        cache: Option<CacheDescription>,
     },
     /// Let go of this model; answered by [`FromEngine::ModelUnloaded`].
     UnloadModel {
@@ -516,6 +561,35 @@ pub enum FromEngine {
     Answer(AnswerFrame),
     /// Counters.
     Totals(EngineTotals),
+    /// Vectors that were computed, for the generation's cache.
+    CacheInsert {
+        /// The generation.
+        generation: u64,
+        /// Whether bulk work asked for them: then they displace no living entry.
+        bulk: bool,
+        /// One for each vector.
+        keys: Vec<CacheInsertKey>,
+        /// The numbers, f32 little-endian, vector after vector.
+        values: Vec<u8>,
+    },
+    /// Counters of a generation's cache; sent before `Totals`.
+    CacheTotals {
+        /// The generation.
+        generation: u64,
+        /// The counters.
+        totals: CacheTotals,
+    },
+}
+
+/// What a vector of a [`FromEngine::CacheInsert`] is found by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct CacheInsertKey {
+    /// Bits 0 to 63 of the key.
+    pub low: u64,
+    /// Bits 64 to 127 of the key.
+    pub high: u64,
+    /// Time until it expires, in ms, when it is old already; 0 = as the broker is set up.
+    pub left_ms: u64,
 }
 
 /// From a loader to the broker.

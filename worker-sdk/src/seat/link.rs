@@ -2,6 +2,7 @@
 //! waits for what is `seat`'s.
 
 use super::jobs::{Entry, Push, Wire};
+use crate::cache::ClientCache;
 use crate::error::SdkError;
 use crate::session::{JobReply, Reply, Sent, Session};
 use crate::settings::Route;
@@ -49,6 +50,8 @@ pub(super) struct Link {
     pub(super) heard: Instant,
     lease_id: u64,
     pub(super) lane: Option<LaneEnd>,
+    /// The generation's cache, until the seat has taken it.
+    pub(super) cache: Option<ClientCache>,
     socket_jobs: HashMap<u64, u64>,
 }
 
@@ -60,10 +63,12 @@ impl Link {
         reply: Reply,
         route: Route,
     ) -> Result<Link, SdkError> {
-        let Reply::Leased(leased, fds) = reply else {
+        let Reply::Leased(leased, mut fds) = reply else {
             let what = "it answered a request for a lease with something else".into();
             return Err(SdkError::Fault { peer: "the broker", what });
         };
+        // The last of them, when it is there.
+        let cache_fd = leased.cache.and_then(|_| fds.pop());
         let lane = match Link::check(&leased, fds, route) {
             Ok(lane) => lane,
             Err(error) => {
@@ -71,6 +76,8 @@ impl Link {
                 return Err(error);
             }
         };
+        let mapping = lane.as_ref().map(|lane| Arc::downgrade(&lane.mapping)).unwrap_or_default();
+        let cache = ClientCache::map(leased.cache, cache_fd, &leased.model, mapping);
         Ok(Link {
             number,
             session,
@@ -78,6 +85,7 @@ impl Link {
             model: Arc::new(leased.model),
             heard: Instant::now(),
             lane,
+            cache,
             socket_jobs: HashMap::new(),
         })
     }

@@ -129,7 +129,7 @@ impl Behaviour {
             Err(error) => return (error.code(), error.to_string().into_bytes()),
         };
         match operation {
-            Some(Operation::Embed) => {
+            Some(Operation::Embed | Operation::EmbedFresh) => {
                 let fingerprint = self.fingerprint.load(SeqCst);
                 let mut rows = EmbeddingRows {
                     dim: DIM,
@@ -458,7 +458,7 @@ impl Broker {
         let image = image.as_ref().filter(|_| acquire.want_image);
         let model = image.map_or(model, |image| image.description.clone());
         fds.extend(image.map(|image| image.fd.try_clone().unwrap()));
-        let leased = Leased { lease_id, model, lane, image: image.is_some() };
+        let leased = Leased { lease_id, model, lane, image: image.is_some(), cache: None };
         let _ = connection.stream.send(id, &BrokerMessage::Leased(leased), fds, long);
     }
 

@@ -7,8 +7,8 @@ use super::*;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::limits::MAX_JOB_ATTEMPTS;
 use shm_layout::wire::{
-    Acquire, AnswerFrame, BackingKind, ClientMessage, FromEngine, Hello, JobFrame, Operation, PROTOCOL_MAJOR,
-    Priority, StatusReport,
+    Acquire, AnswerFrame, BackingKind, CacheDescription, ClientMessage, FromEngine, Hello, JobFrame,
+    Operation, PROTOCOL_MAJOR, Priority, StatusReport,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -21,6 +21,7 @@ fn core_with(limits: Limits) -> Core {
         limits,
         idle_exit: None,
         allow_other_users: false,
+        caches: true,
         own_uid: UID,
         boot_id: 1,
         broker_pid: 1,
@@ -78,6 +79,10 @@ struct World {
     loads: usize,
     offered: BTreeSet<u64>,
     images: BTreeSet<u64>,
+    caches: BTreeSet<u64>,
+    caches_fail: bool,
+    /// Vectors that were put into caches: generation, bulk, how many.
+    filled: Vec<(u64, bool, usize)>,
     /// Incarnation and inbox of the living engine.
     engine: Option<(u64, VecDeque<ToEngine>)>,
     engine_starts: bool,
@@ -101,6 +106,9 @@ impl World {
             loads: 0,
             offered: BTreeSet::new(),
             images: BTreeSet::new(),
+            caches: BTreeSet::new(),
+            caches_fail: false,
+            filled: Vec::new(),
             engine: None,
             engine_starts: true,
             engines: 0,
@@ -130,6 +138,7 @@ impl World {
                     match attachment {
                         Attachment::Lane(lane_id) => assert!(self.lanes.contains(&lane_id)),
                         Attachment::Image(generation) => assert!(self.images.contains(&generation)),
+                        Attachment::Cache(generation) => assert!(self.caches.contains(&generation)),
                     }
                 }
                 if self.open.contains(&session) {
@@ -163,7 +172,20 @@ impl World {
             Action::DiscardImage { load_id } => {
                 self.offered.remove(&load_id);
             }
-            Action::CloseImage { generation } => assert!(self.images.remove(&generation)),
+            Action::CloseImage { generation } => {
+                assert!(self.images.remove(&generation));
+                self.caches.remove(&generation);
+            }
+            Action::MakeCache { generation, .. } => {
+                assert!(self.images.contains(&generation));
+                let made = !self.caches_fail && self.caches.insert(generation);
+                let cache = made.then_some(CacheDescription { region_bytes: 4096 });
+                self.events.push_back(Event::CacheMade { generation, cache });
+            }
+            Action::FillCache { generation, bulk, keys, .. } => {
+                assert!(self.caches.contains(&generation), "filled a cache that is gone");
+                self.filled.push((generation, bulk, keys.len()));
+            }
             Action::StartEngine { incarnation } => {
                 assert!(self.engine.is_none(), "two engines");
                 if self.engine_starts {
@@ -180,6 +202,7 @@ impl World {
                 let named = |a: &Attachment| match a {
                     Attachment::Lane(id) => self.lanes.contains(id),
                     Attachment::Image(generation) => self.images.contains(generation),
+                    Attachment::Cache(generation) => self.caches.contains(generation),
                 };
                 assert!(attachments.iter().all(named), "{message:?} without its descriptors");
                 if let Some((_, inbox)) = &mut self.engine {

@@ -1,6 +1,7 @@
 //! Decisions in given situations, one a test.
 
 use super::*;
+use shm_layout::wire::{CacheInsertKey, CacheTotals};
 
 #[test]
 fn one_load_for_all_who_ask() {
@@ -316,4 +317,53 @@ fn a_lane_fault_ends_that_session_alone() {
     assert!(!world.open.contains(&a) && world.open.contains(&b));
     assert_eq!(world.lanes.len(), 1);
     assert_eq!(world.status().faults, 1);
+}
+
+fn insert(generation: u64, vectors: usize, numbers: usize) -> FromEngine {
+    let keys = vec![CacheInsertKey { low: 1, high: 2, left_ms: 0 }; vectors];
+    FromEngine::CacheInsert { generation, bulk: true, keys, values: vec![0; 4 * numbers] }
+}
+
+#[test]
+fn caches_are_filled_by_what_engines_say_and_go_with_their_generation() {
+    let mut world = World::new(Limits::default());
+    let (session, _) = world.leased(true);
+    assert!(world.caches.contains(&1));
+    let told = world.told[&session].iter().find_map(|(_, message)| match message {
+        BrokerMessage::Leased(leased) => Some(leased.cache),
+        _ => None,
+    });
+    assert_eq!(told, Some(Some(CacheDescription { region_bytes: 4096 })));
+    world.engine_says(insert(1, 3, 12));
+    // Lengths that are not the model's, and generations that never were.
+    for lie in [insert(1, 3, 11), insert(1, 0, 4), insert(1, 1, 8), insert(2, 1, 4), insert(u64::MAX, 1, 4)] {
+        world.engine_says(lie);
+    }
+    assert_eq!(world.filled, [(1, true, 3)]);
+    // The next engine gets it too; the counters are the dead one's no more.
+    let totals = CacheTotals { engine_hits: 5, ..CacheTotals::default() };
+    world.engine_says(FromEngine::CacheTotals { generation: 1, totals });
+    assert_eq!(world.status().models[0].cache.unwrap().totals.engine_hits, 5);
+    world.engine_dies();
+    world.engine_says(FromEngine::Ready { threads: 1 });
+    assert!(matches!(
+        world.engine.as_ref().unwrap().1[0],
+        ToEngine::LoadModel { cache: Some(CacheDescription { region_bytes: 4096 }), .. }
+    ));
+    assert_eq!(world.status().models[0].cache.unwrap().totals, CacheTotals::default());
+}
+
+#[test]
+fn a_model_whose_cache_cannot_be_made_is_served_without() {
+    let mut world = World::new(Limits::default());
+    world.caches_fail = true;
+    let (session, _) = world.leased(true);
+    assert!(
+        world.told[&session].iter().any(|(_, message)| {
+            matches!(message, BrokerMessage::Leased(leased) if leased.cache.is_none())
+        })
+    );
+    world.engine_says(insert(1, 1, 4));
+    assert!(world.filled.is_empty());
+    assert_eq!(world.status().models[0].cache, None);
 }

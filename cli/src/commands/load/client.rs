@@ -78,6 +78,7 @@ struct Thread {
     plan: ThreadPlan,
     model: Model,
     timeout: Duration,
+    cached: bool,
     checker: Option<Arc<Checker>>,
     tally: Arc<Mutex<Tally>>,
 }
@@ -107,6 +108,7 @@ impl Thread {
             plan: plan.clone(),
             model: model.clone(),
             timeout: Duration::from_millis(all.timeout_ms),
+            cached: all.cached,
             checker: checker.clone(),
             tally: Arc::new(Mutex::new(tally)),
         }
@@ -114,7 +116,8 @@ impl Thread {
 
     fn send_until(&self, end: Instant, stop: &AtomicBool) {
         let priority = if self.plan.bulk { Priority::Bulk } else { Priority::Interactive };
-        let options = EmbedOptions::default().priority(priority).timeout(self.timeout);
+        let options =
+            EmbedOptions::default().priority(priority).timeout(self.timeout).bypass_cache(!self.cached);
         let mut before: Option<Vec<usize>> = None;
         let mut first = 0;
         while Instant::now() < end && !stop.load(Ordering::Relaxed) {

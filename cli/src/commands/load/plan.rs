@@ -17,6 +17,8 @@ pub(crate) struct Plan {
     pub(crate) socket_route: bool,
     pub(crate) duration_ms: u64,
     pub(crate) timeout_ms: u64,
+    /// Texts may be answered from the cache.
+    pub(crate) cached: bool,
     /// One for each thread.
     pub(crate) threads: Vec<ThreadPlan>,
     /// Against what answers are checked.

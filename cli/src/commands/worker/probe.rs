@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use worker_sdk::{Client, StartBroker};
+use worker_sdk::{Client, EmbedOptions, StartBroker};
 
 /// What a worker is to do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -46,7 +46,7 @@ pub(crate) fn thin(socket: Option<PathBuf>, model: &str) -> Result<(), Failure> 
     let model = client.model(&crate::commands::model_name(model))?;
     let ready = begun.elapsed();
     let begun = Instant::now();
-    let vectors = model.embed(&plan.texts)?;
+    let vectors = model.embed_with(&plan.texts, &EmbedOptions::default().bypass_cache(true))?;
     report(ready, begun.elapsed(), vectors.values(), vectors.dim(), None)
 }
 
@@ -58,7 +58,7 @@ pub(crate) fn attached(socket: Option<PathBuf>, model: &str) -> Result<(), Failu
     let attached = client.model(&crate::commands::model_name(model))?.attach()?;
     let ready = begun.elapsed();
     let begun = Instant::now();
-    let vectors = attached.embed(&plan.texts)?;
+    let vectors = attached.embed_with(&plan.texts, &EmbedOptions::default().bypass_cache(true))?;
     report(ready, begun.elapsed(), vectors.values(), vectors.dim(), None)
 }
 
