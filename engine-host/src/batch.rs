@@ -126,14 +126,15 @@ impl BatchError {
     }
 }
 
-/// Computes the parts.
+/// Computes the parts. `breaks` is called in between by threads that compute.
 pub(crate) fn compute<C: Compute>(
     model: &C,
     facts: &ModelFacts,
     parts: &[Part<'_>],
+    breaks: &(dyn Fn() + Sync),
 ) -> Result<Computed, BatchError> {
     // A model has no state that a panic can leave half changed: `probe` is asked before it is used again.
-    catch_unwind(AssertUnwindSafe(|| compute_uncaught(model, facts, parts)))
+    catch_unwind(AssertUnwindSafe(|| compute_uncaught(model, facts, parts, breaks)))
         .map_err(|_| BatchError::Panicked)?
 }
 
@@ -147,9 +148,10 @@ fn compute_uncaught<C: Compute>(
     model: &C,
     facts: &ModelFacts,
     parts: &[Part<'_>],
+    breaks: &(dyn Fn() + Sync),
 ) -> Result<Computed, BatchError> {
     let plan = Plan::of(parts);
-    let (values, tokens) = forward_all(model, facts, &plan.texts)?;
+    let (values, tokens) = forward_all(model, facts, &plan.texts, breaks)?;
     let row = |place: usize| &values[place * facts.dim..(place + 1) * facts.dim];
     let is_finite = |row: &[f32]| row.iter().all(|value| value.is_finite());
     let fresh = plan.keys.iter().enumerate().filter_map(|(place, key)| {
@@ -196,6 +198,7 @@ fn forward_all<C: Compute>(
     model: &C,
     facts: &ModelFacts,
     texts: &[&str],
+    breaks: &(dyn Fn() + Sync),
 ) -> Result<(Vec<f32>, u64), ComputeError> {
     if texts.is_empty() {
         return Ok((Vec::new(), 0));
@@ -220,7 +223,7 @@ fn forward_all<C: Compute>(
             to += 1;
         }
         let pass: Vec<&C::Prepared> = prepared[from..to].iter().collect();
-        let vectors = model.forward(&pass)?;
+        let vectors = model.forward_with_breaks(&pass, breaks)?;
         if vectors.dim != facts.dim || vectors.values.len() != pass.len() * facts.dim {
             return Err(contradiction());
         }
@@ -256,10 +259,10 @@ mod tests {
             part(Operation::Embed, &long, 0..1),
             part(Operation::Embed, &b, 0..1),
         ];
-        let together = compute(&model, &facts, &parts).unwrap();
+        let together = compute(&model, &facts, &parts, &|| {}).unwrap();
         let mut tokens = 0;
         for (index, part) in parts.into_iter().enumerate() {
-            let alone = compute(&model, &facts, &[part]).unwrap();
+            let alone = compute(&model, &facts, &[part], &|| {}).unwrap();
             assert_eq!(alone.parts[0], together.parts[index]);
             tokens += alone.tokens;
         }
@@ -274,14 +277,14 @@ mod tests {
         let facts = model.facts();
         let bad = texts(&["fine", "NAN"]);
         let parts = [part(Operation::Embed, &bad, 0..1), part(Operation::Embed, &bad, 1..2)];
-        let computed = compute(&model, &facts, &parts).unwrap();
+        let computed = compute(&model, &facts, &parts, &|| {}).unwrap();
         assert!(computed.parts[0].is_ok());
         assert_eq!(computed.parts[1].as_ref().unwrap_err().code, Code::BadResult);
         let panics = texts(&["PANIC"]);
-        let outcome = compute(&model, &facts, &[part(Operation::Embed, &panics, 0..1)]);
+        let outcome = compute(&model, &facts, &[part(Operation::Embed, &panics, 0..1)], &|| {});
         assert_eq!(outcome.unwrap_err(), BatchError::Panicked);
         let refuses = texts(&["REFUSE"]);
-        let outcome = compute(&model, &facts, &[part(Operation::Embed, &refuses, 0..1)]);
+        let outcome = compute(&model, &facts, &[part(Operation::Embed, &refuses, 0..1)], &|| {});
         assert!(matches!(outcome, Err(BatchError::Failed(_))));
         assert_eq!(probe(&model), Ok(()));
     }

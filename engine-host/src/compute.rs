@@ -67,6 +67,25 @@ pub trait Compute: Send + Sync + 'static {
     /// [`ComputeError`] for all of them.
     fn forward(&self, prepared: &[&Self::Prepared]) -> Result<Vectors, ComputeError>;
 
+    /// As [`Compute::forward`], but `breaks` is called now and then on threads that compute, where other texts may be computed
+    /// inside of [`Compute::on_this_thread`]. A model that has no breaks never calls it.
+    ///
+    /// # Errors
+    /// As [`Compute::forward`].
+    fn forward_with_breaks(
+        &self,
+        prepared: &[&Self::Prepared],
+        breaks: &(dyn Fn() + Sync),
+    ) -> Result<Vectors, ComputeError> {
+        let _ = breaks;
+        self.forward(prepared)
+    }
+
+    /// Runs `work`, in which this model computes on the calling thread alone and waits for no other computation.
+    fn on_this_thread<R>(&self, work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
     /// Byte ranges of a text's tokens, without special tokens and without truncation.
     ///
     /// # Errors

@@ -56,6 +56,16 @@ impl Gate {
         }
     }
 
+    /// As [`Gate::pass`], but with breaks while it waits.
+    fn rest(&self, breaks: &(dyn Fn() + Sync)) {
+        self.state.lock().unwrap().1 += 1;
+        self.changed.notify_all();
+        while !self.state.lock().unwrap().0 {
+            breaks();
+            std::thread::yield_now();
+        }
+    }
+
     fn pass(&self) {
         let mut state = self.state.lock().unwrap();
         state.1 += 1;
@@ -90,6 +100,17 @@ impl Compute for Double {
 
     fn tokens(prepared: &String) -> usize {
         2 + prepared.split(' ').count()
+    }
+
+    fn forward_with_breaks(
+        &self,
+        prepared: &[&String],
+        breaks: &(dyn Fn() + Sync),
+    ) -> Result<Vectors, ComputeError> {
+        if prepared.iter().any(|text| *text == "REST") {
+            self.gate.rest(breaks);
+        }
+        self.forward(prepared)
     }
 
     fn forward(&self, prepared: &[&String]) -> Result<Vectors, ComputeError> {

@@ -91,7 +91,19 @@ impl Compute for EngineModel {
     }
 
     fn forward(&self, prepared: &[&EncodedText]) -> Result<Vectors, ComputeError> {
-        let embeddings = self.model.forward(prepared).map_err(|error| refusal(&error))?;
+        self.forward_with_breaks(prepared, &|| {})
+    }
+
+    fn on_this_thread<R>(&self, work: impl FnOnce() -> R) -> R {
+        engine::on_this_thread(work)
+    }
+
+    fn forward_with_breaks(
+        &self,
+        prepared: &[&EncodedText],
+        breaks: &(dyn Fn() + Sync),
+    ) -> Result<Vectors, ComputeError> {
+        let embeddings = self.model.forward_with_breaks(prepared, breaks).map_err(|error| refusal(&error))?;
         self.check_image()?;
         Ok(Vectors { dim: embeddings.dim, values: embeddings.values })
     }

@@ -4,7 +4,7 @@
 use crate::HostError;
 use crate::batch::{self, BatchError, Part};
 use crate::cache;
-use crate::compute::{ComputeError, Loader, ModelFacts};
+use crate::compute::{Compute, ComputeError, Loader, ModelFacts};
 use crate::host::{Host, Served, State, Wakes};
 use crate::job::{Job, Origin};
 use crate::schedule::{Batch, Client, JobKey, Slice, Unwanted};
@@ -16,12 +16,23 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// A batch with everything that is needed to compute it. While it exists `State::computing` is set.
+/// A batch with everything that is needed to compute it. While it exists `State::computing` is set, in a break by the batch that
+/// pauses.
 #[derive(Debug)]
 pub(crate) struct Work<C> {
     batch: Batch,
     served: Arc<Served<C>>,
     parts: Vec<(Job, Range<usize>)>,
+    moment: Moment,
+}
+
+/// When a batch is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// By itself, on all threads.
+    Free,
+    /// On one thread of a bulk batch that pauses there.
+    Break,
 }
 
 /// A job after its batch, unless it was complete.
@@ -36,15 +47,18 @@ enum After {
 
 impl<L: Loader> Host<L> {
     /// The next batch, if the compute is free; answers what nobody wants any more.
-    pub(crate) fn next_work(&self) -> Option<Work<L::Model>> {
+    pub(crate) fn next_work(&self, moment: Moment) -> Option<Work<L::Model>> {
         let mut given_up = Vec::new();
         let mut guard = self.state();
         let State { schedule, jobs, models, computing, .. } = &mut *guard;
-        if *computing || self.is_stopped() {
+        if *computing != (moment == Moment::Break) || self.is_stopped() {
             return None;
         }
         let is_cancelled = |key| jobs.get(&key).is_some_and(Job::is_cancelled);
-        let (batch, unwanted) = schedule.next_batch(monotonic_ns(), is_cancelled);
+        let (batch, unwanted) = match moment {
+            Moment::Free => schedule.next_batch(monotonic_ns(), is_cancelled),
+            Moment::Break => schedule.next_urgent(monotonic_ns(), is_cancelled),
+        };
         for (key, why) in unwanted {
             let code = match why {
                 Unwanted::Expired => Code::DeadlineExceeded,
@@ -63,9 +77,9 @@ impl<L: Loader> Host<L> {
                 }
                 return None;
             };
-            Some(Work { batch, served, parts })
+            Some(Work { batch, served, parts, moment })
         });
-        *computing = work.is_some();
+        *computing |= work.is_some();
         drop(guard);
         let mut wakes = Wakes::default();
         for (job, code) in given_up {
@@ -77,7 +91,7 @@ impl<L: Loader> Host<L> {
 
     /// Computes a batch, answers the jobs that are complete, and puts the others back.
     pub(crate) fn execute(&self, work: Work<L::Model>) {
-        let Work { batch, served, mut parts } = work;
+        let Work { batch, served, mut parts, moment } = work;
         let begun_ns = monotonic_ns();
         for (job, _) in parts.iter_mut().filter(|(job, _)| job.begun_ns.is_none()) {
             job.begun_ns = Some(begun_ns);
@@ -101,7 +115,20 @@ impl<L: Loader> Host<L> {
                 known: &job.known,
             })
             .collect();
-        let computed = batch::compute(&served.model, &served.facts, &wanted);
+        // A suspect is alone, and so is whoever would pay for its crash.
+        let has_breaks = moment == Moment::Free
+            && batch.priority == Priority::Bulk
+            && !parts.iter().any(|(job, _)| job.isolated);
+        let breaks = || {
+            if has_breaks {
+                self.take_a_break();
+            }
+        };
+        let compute = || batch::compute(&served.model, &served.facts, &wanted, &breaks);
+        let computed = match moment {
+            Moment::Free => compute(),
+            Moment::Break => served.model.on_this_thread(compute),
+        };
         let elapsed_us = monotonic_ns().saturating_sub(begun_ns) / 1000;
 
         let (mut wakes, mut needs_probe, mut fresh) = (Wakes::default(), false, Vec::new());
@@ -144,14 +171,18 @@ impl<L: Loader> Host<L> {
             }
         }
         wakes.fire();
-        if needs_probe && let Err(error) = batch::probe(&served.model) {
+        let probe = || match moment {
+            Moment::Free => batch::probe(&served.model),
+            Moment::Break => served.model.on_this_thread(|| batch::probe(&served.model)),
+        };
+        if needs_probe && let Err(error) = probe() {
             // What is not answered stays in its lane, or with the broker, for the engine that replaces this one.
             return self.stop(Err(HostError::ModelBroken { reason: error.message }));
         }
         // Not under the lock: the last hold on an unloaded model unmaps its image.
         let dim = served.facts.dim;
         drop(served);
-        self.settle(&batch, elapsed_us, after);
+        self.settle(&batch, moment, elapsed_us, after);
         // After the answers, and when the compute is free again: nobody waits for this.
         cache::send(&self.link, batch.generation, batch.priority, dim, &fresh);
     }
@@ -179,12 +210,14 @@ impl<L: Loader> Host<L> {
     }
 
     /// Puts back what is not answered, and frees the compute for the next batch.
-    fn settle(&self, batch: &Batch, elapsed_us: u64, after: Vec<After>) {
+    fn settle(&self, batch: &Batch, moment: Moment, elapsed_us: u64, after: Vec<After>) {
         let (mut given_up, mut abandoned) = (Vec::new(), Vec::new());
         let mut guard = self.state();
         let state = &mut *guard;
-        state.computing = false;
-        state.schedule.batch_done(batch, elapsed_us);
+        if moment == Moment::Free {
+            state.computing = false;
+            state.schedule.batch_done(batch, elapsed_us);
+        }
         for job in after {
             let (mut job, is_suspect) = match job {
                 After::Failed(client, priority, key) => {

@@ -7,6 +7,7 @@
 
 use crate::HostError;
 use crate::accept::{Offer, Refused, check};
+use crate::breaks::Breaks;
 use crate::cache::Cache;
 use crate::compute::{ComputeError, Loader, ModelFacts};
 use crate::job::{Job, Origin, message_of};
@@ -91,6 +92,7 @@ pub(crate) struct Host<L: Loader> {
     pub(crate) waker: Doorbell,
     state: Mutex<State<L::Model>>,
     pub(crate) counters: Counters,
+    pub(crate) breaks: Breaks,
     pub(crate) relayed_bytes: Arc<AtomicUsize>,
     stopped: AtomicBool,
     outcome: Mutex<Option<Result<(), HostError>>>,
@@ -142,6 +144,7 @@ impl<L: Loader> Host<L> {
                 draining: false,
             }),
             counters: Counters::default(),
+            breaks: Breaks::default(),
             relayed_bytes: Arc::default(),
             stopped: AtomicBool::new(false),
             outcome: Mutex::new(None),

@@ -155,6 +155,17 @@ impl Lane {
         shm_layout::lane::cache_counts(&self.mapping)
     }
 
+    /// Takes up to [`MAX_DRAINED_JOBS`] jobs and arms nothing: for looks in passing.
+    pub(crate) fn drain_in_passing(&self, into: &mut Vec<Taken>) -> Result<(), LaneFault> {
+        let mut end = self.end();
+        if end.has_submissions() {
+            let mut jobs = Vec::new();
+            end.drain(MAX_DRAINED_JOBS, &mut jobs)?;
+            into.extend(jobs.into_iter().map(|job| self.copy_input(&end, job)));
+        }
+        Ok(())
+    }
+
     /// Notes that a job begins to be computed.
     pub(crate) fn begin(&self, job: &CheckedJob) {
         self.end().begin(job);

@@ -28,6 +28,7 @@
 
 mod accept;
 mod batch;
+mod breaks;
 mod cache;
 mod commands;
 mod compute;

@@ -6,8 +6,10 @@
 //! - **Between clients** of a class: deficit round-robin over cost, so that a client with long texts or many jobs gets
 //!   no more than its neighbours. Inside a client: first come, first served.
 //! - **A batch** is of one model and of one class. It is bounded by time, not by count: the measured time per unit of cost
-//!   turns a target into a budget. With interactive work about, bulk batches are cut to [`SHARED_TARGET_US`], so that
-//!   an interactive text waits for one short slice; without, they grow to [`ALONE_TARGET_US`].
+//!   turns a target into a budget. With interactive work about, bulk batches are cut to [`SHARED_TARGET_US`];
+//!   without, they grow to [`ALONE_TARGET_US`].
+//! - **Breaks**: interactive work that comes while bulk is computed is computed in its breaks, which a model has every
+//!   millisecond or so. It waits for one step of a layer, not for the batch, and bulk always goes on after one such batch.
 //! - **Jobs are cut between texts**: a batch takes as many texts of a job as fit, the rest stays at the head of its
 //!   client's queue.
 //! - **Suspects run alone**: a job that was running when an engine died, or when a batch failed, shares no batch.
@@ -29,9 +31,9 @@ pub(crate) const QUANTUM: u64 = 64;
 /// Most cost in one batch: bounds the activations in memory.
 pub(crate) const MAX_BATCH_COST: u64 = 4096;
 /// Time that a batch of bulk work aims at while no interactive work is about, in µs.
-pub(crate) const ALONE_TARGET_US: f64 = 40_000.0;
+pub(crate) const ALONE_TARGET_US: f64 = 150_000.0;
 /// Time that a batch of bulk work aims at while interactive work is about, in µs.
-pub(crate) const SHARED_TARGET_US: f64 = 4_000.0;
+pub(crate) const SHARED_TARGET_US: f64 = 40_000.0;
 /// Time that a batch of interactive work aims at, in µs.
 pub(crate) const INTERACTIVE_TARGET_US: f64 = 10_000.0;
 /// Share of the time that bulk gets while interactive work never ceases, in percent.
@@ -226,6 +228,25 @@ impl Schedule {
     pub(crate) fn next_batch(
         &mut self,
         now_ns: u64,
+        is_cancelled: impl FnMut(JobKey) -> bool,
+    ) -> (Option<Batch>, Vec<(JobKey, Unwanted)>) {
+        self.batch_for(Moment::Free, now_ns, is_cancelled)
+    }
+
+    /// As [`Schedule::next_batch`], for a break in a batch of bulk work: interactive work that may run beside another batch.
+    /// Nothing is earned or paid by it, since bulk goes on afterwards; [`Schedule::batch_done`] is not told of it.
+    pub(crate) fn next_urgent(
+        &mut self,
+        now_ns: u64,
+        is_cancelled: impl FnMut(JobKey) -> bool,
+    ) -> (Option<Batch>, Vec<(JobKey, Unwanted)>) {
+        self.batch_for(Moment::Break, now_ns, is_cancelled)
+    }
+
+    fn batch_for(
+        &mut self,
+        moment: Moment,
+        now_ns: u64,
         mut is_cancelled: impl FnMut(JobKey) -> bool,
     ) -> (Option<Batch>, Vec<(JobKey, Unwanted)>) {
         let mut unwanted = Vec::new();
@@ -250,7 +271,11 @@ impl Schedule {
         let shared =
             self.last_interactive_ns.is_some_and(|last| now_ns.saturating_sub(last) < INTERACTIVE_MEMORY_NS);
         let mut batch = None;
-        for priority in [first, second] {
+        let order: &[Priority] = match moment {
+            Moment::Free => &[first, second],
+            Moment::Break => &[Priority::Interactive],
+        };
+        for &priority in order {
             let target_us = match priority {
                 Priority::Interactive => INTERACTIVE_TARGET_US,
                 Priority::Bulk if shared => SHARED_TARGET_US,
@@ -266,7 +291,7 @@ impl Schedule {
                 Priority::Bulk => &mut self.bulk,
             };
             let mut taken_jobs = 0;
-            batch = class.take(priority, budget, &mut verdict, &mut unwanted, &mut taken_jobs);
+            batch = class.take(priority, moment, budget, &mut verdict, &mut unwanted, &mut taken_jobs);
             self.queued_jobs -= taken_jobs;
             if let Some(batch) = &mut batch {
                 batch.on_credit = priority == Priority::Bulk && first == Priority::Bulk;
@@ -308,6 +333,7 @@ impl Class {
     fn take(
         &mut self,
         priority: Priority,
+        moment: Moment,
         budget: impl Fn(u64) -> u64,
         verdict: &mut impl FnMut(&Ask) -> Option<Unwanted>,
         unwanted: &mut Vec<(JobKey, Unwanted)>,
@@ -345,7 +371,8 @@ impl Class {
                     continue;
                 }
                 fits = match (&batch, alone) {
-                    (None, _) => true,
+                    // A suspect would not be alone in a break.
+                    (None, _) => !(ask.isolated && moment == Moment::Break),
                     (Some(_), Some(key)) => ask.key == key,
                     (Some(batch), None) => batch.generation == ask.generation && !ask.isolated,
                 };
@@ -418,6 +445,15 @@ impl Class {
         }
         batch
     }
+}
+
+/// When a batch is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    /// The compute is free.
+    Free,
+    /// A batch of bulk work pauses.
+    Break,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,9 +13,11 @@
 //! # Bells under load
 //! A lane whose bell rang stays *unarmed*, and its client submits in silence, until a look finds it empty. While a batch is
 //! computed nobody looks: what arrives meanwhile could not be computed anyway, and taking it would only cost the batch
-//! processor time. So a busy lane rings at most once a batch, and a saturated engine hears no bells at all.
+//! processor time. So a busy lane rings at most once a batch, and a saturated engine hears no bells at all. Only in the breaks of
+//! a bulk batch lanes are looked at in passing, see `breaks`.
 
 use crate::compute::Loader;
+use crate::execute::Moment;
 use crate::host::{FIRST_LANE_TOKEN, Host, LINK_TOKEN};
 use crate::lane::Taken;
 use shm_os::PollEvent;
@@ -27,7 +29,7 @@ impl<L: Loader> Host<L> {
         let mut events: Vec<PollEvent> = Vec::new();
         while !self.is_stopped() {
             let mut was_busy = self.look_at_lanes();
-            if let Some(work) = self.next_work() {
+            if let Some(work) = self.next_work(Moment::Free) {
                 self.execute(work);
                 was_busy = true;
             } else {

@@ -115,6 +115,50 @@ fn a_panic_hits_only_the_job_that_causes_it() {
 }
 
 #[test]
+fn interactive_texts_are_computed_in_the_breaks_of_bulk() {
+    let mut rig = Rig::start();
+    let (mut bulk, mut person) = (rig.client(1), rig.client(2));
+    let held = bulk.embed(BULK, &["REST", "much else"]);
+    rig.model.gate.wait_for_arrival();
+    // On another lane, on the same one, and over the socket; also one that fails there, and one that panics.
+    let one = person.embed(INTERACTIVE, &["one"]);
+    assert_eq!(person.code(one), Code::Ok);
+    let bad = person.embed(INTERACTIVE, &["REFUSE"]);
+    assert_eq!(person.code(bad), Code::BadPayload);
+    let panics = bulk.embed(INTERACTIVE, &["PANIC"]);
+    assert_eq!(bulk.code(panics), Code::Internal);
+    let same_lane = bulk.embed(INTERACTIVE, &["two"]);
+    assert_eq!(bulk.code(same_lane), Code::Ok);
+    rig.broker.job(1, 0, Operation::Embed, &["three"]);
+    assert_eq!(rig.broker.answer(1).0, Code::Ok);
+    // Bulk waits for its turn.
+    let later = person.embed(BULK, &["four"]);
+    let last = person.embed(INTERACTIVE, &["five"]);
+    assert_eq!(person.code(last), Code::Ok);
+    let passes = rig.model.passes.lock().unwrap().concat();
+    assert!(!passes.iter().any(|text| text == "REST" || text == "four"), "{passes:?}");
+    rig.model.gate.open();
+    assert_eq!((bulk.code(held), person.code(later)), (Code::Ok, Code::Ok));
+    bulk.check_vectors();
+    person.check_vectors();
+}
+
+#[test]
+fn a_lane_that_breaks_its_rules_while_bulk_is_computed_is_the_only_one_lost() {
+    let mut rig = Rig::start();
+    let (mut bulk, hostile, mut person) = (rig.client(1), rig.client(2), rig.client(3));
+    let held = bulk.embed(BULK, &["REST"]);
+    rig.model.gate.wait_for_arrival();
+    let tail = offset_of(CONTROL_FIELDS, "submission_tail");
+    hostile.lane.memory().store_u32(tail, 77_777, Ordering::Release);
+    rig.broker.expect(|message| matches!(message, FromEngine::LaneFault { lane_id: 2, .. }));
+    let one = person.embed(INTERACTIVE, &["one"]);
+    assert_eq!(person.code(one), Code::Ok);
+    rig.model.gate.open();
+    assert_eq!(bulk.code(held), Code::Ok);
+}
+
+#[test]
 fn a_model_that_fails_its_probe_ends_the_engine() {
     let mut rig = Rig::start();
     let mut client = rig.client(1);

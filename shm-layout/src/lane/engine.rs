@@ -253,6 +253,12 @@ impl<M: LaneMemory> EngineLane<M> {
         Ok(ready > count)
     }
 
+    /// Whether jobs seem to wait in the ring. A hint: nothing is taken or announced, and a broken tail counts as a job, so that
+    /// [`EngineLane::drain`] finds the fault.
+    pub fn has_submissions(&self) -> bool {
+        self.ready() != Ok(0)
+    }
+
     /// Announces that the engine is about to sleep; false when a job has come meanwhile, and nothing is announced then.
     ///
     /// # Errors
