@@ -2,10 +2,12 @@
 //! plan's; adding up is `report`'s.
 
 use super::plan::{ClientLine, ClientResult, Plan, Reference, TOLERANCE, ThreadPlan};
+use super::texts;
 use crate::args::RouteArg;
 use crate::commands::worker::{read_plan, say, wait_for_end_of_stdin};
 use crate::failure::{Exit, Failure};
 use hdrhistogram::Histogram;
+use std::borrow::Cow;
 use std::io::BufRead;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -117,8 +119,12 @@ impl Thread {
         let options = EmbedOptions::default().priority(priority).timeout(self.timeout);
         let mut before: Option<Vec<usize>> = None;
         let mut first = 0;
+        let mut fresh = self.plan.fresh.map(|fresh| texts::Fresh::new(fresh.seed, fresh.tokens));
         while Instant::now() < end && !stop.load(Ordering::Relaxed) {
-            let (rows, texts) = self.request(first);
+            let (rows, texts) = match &mut fresh {
+                Some(fresh) => (Vec::new(), (0..self.plan.batch).map(|_| Cow::Owned(fresh.next())).collect()),
+                None => self.request(first),
+            };
             first += 1;
             self.with_tally(|tally| tally.submitted += 1);
             let begun = Instant::now();
@@ -145,11 +151,11 @@ impl Thread {
     }
 
     /// Request number `number`: rows of the reference and texts. Consecutive requests begin with different texts.
-    fn request(&self, number: usize) -> (Vec<usize>, Vec<&str>) {
+    fn request(&self, number: usize) -> (Vec<usize>, Vec<Cow<'_, str>>) {
         let own = &self.plan.texts;
         (0..self.plan.batch)
             .map(|offset| &own[(number + offset) % own.len()])
-            .map(|(r, t)| (*r, t.as_str()))
+            .map(|(r, t)| (*r, Cow::Borrowed(t.as_str())))
             .unzip()
     }
 

@@ -64,9 +64,15 @@ impl Sum {
         object.extend(figures.map(|(name, value)| (name.to_owned(), value)));
     }
 
-    fn json(&self) -> Value {
+    /// With `histogram`, also how often each time occurred, in µs.
+    fn json(&self, histogram: bool) -> Value {
         let mut object = serde_json::Map::new();
         self.add_to(&mut object);
+        if histogram {
+            let steps = self.latency_us.iter_recorded();
+            let pairs: Vec<_> = steps.map(|step| (step.value_iterated_to(), step.count_at_value())).collect();
+            object.insert("latency_us".to_owned(), json!(pairs));
+        }
         object.into()
     }
 }
@@ -121,8 +127,8 @@ impl Outcome {
             ("max_abs_diff", json!(args.verify.then(|| self.max_abs_diff()))),
             ("elapsed_s", json!(self.elapsed_s())),
             ("interrupted", json!(self.interrupted)),
-            ("interactive", interactive.json()),
-            ("bulk", bulk.json()),
+            ("interactive", interactive.json(args.histogram)),
+            ("bulk", bulk.json(args.histogram)),
             ("clients_killed", json!(self.killed.len())),
             ("clients_failed", json!(self.failed.len())),
             ("clients", self.clients.iter().map(client_json).collect()),
@@ -223,11 +229,13 @@ fn settings_json(args: &LoadArgs) -> Value {
         "threads": args.threads,
         "duration_s": args.duration,
         "tokens": args.tokens,
+        "bulk_tokens": args.bulk_tokens.unwrap_or(args.tokens),
         "batch": args.batch,
         "bulk": args.bulk,
         "bulk_batch": args.bulk_batch,
         "timeout_s": args.timeout,
         "route": route_name(args.route),
+        "no_repeat": args.no_repeat,
         "seed": args.seed,
     })
 }
