@@ -5,9 +5,11 @@
 mod attach;
 mod big_model;
 mod fixture;
+mod infinity;
 mod lane;
 mod machine;
 mod memory;
+mod mixed;
 mod peers;
 mod processes20;
 mod python;
@@ -52,6 +54,8 @@ enum Bench {
     Throughput(throughput::Arguments),
     /// Texts a second and single texts, against sentence-transformers, ONNX Runtime, OpenVINO and fastembed.
     Peers(peers::Arguments),
+    /// Single texts while others index in bulk.
+    Mixed(mixed::Arguments),
     /// A worker process; started by the others.
     #[command(hide = true)]
     Worker(worker::Arguments),
@@ -71,6 +75,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Processes20(processes) => processes20::run(processes)?,
         Bench::Throughput(throughput) => throughput::run(throughput)?,
         Bench::Peers(peers) => peers::run(peers)?,
+        Bench::Mixed(mixed) => mixed::run(mixed)?,
         Bench::Worker(worker) => return worker::run(worker, since_main),
         Bench::RingPeer(peer) => return ring::run_peer(peer),
     };

@@ -12,7 +12,9 @@ use crate::report::{Report, Table, rounded, short};
 use crate::{machine, python};
 use anyhow::{Context, ensure};
 use clap::ValueEnum;
-use contenders::{Contender, Made, OURS, PEERS, Peer, Precision, ST, Vectors, Way};
+pub(crate) use contenders::Vectors;
+use contenders::{Contender, Made, OURS, PEERS, Peer, ST, Way};
+use engine::compile::Precision;
 use gemm::Gemm;
 use results::{Nearness, Row, Rows, Samples};
 use serde_json::{Map, Value, json};
@@ -29,8 +31,6 @@ const FORCED_PATH: &str = "MODELBROKER_CPU_PATH";
 
 /// Arguments of `peers`.
 #[derive(Debug, clap::Args)]
-// A group is named after its struct, and the flattened one has the same name.
-#[group(id = "peers")]
 pub(crate) struct Arguments {
     /// Rounds; the engines alternate in each.
     #[arg(long, default_value_t = 5)]

@@ -1,43 +1,19 @@
 //! What is compared: ways of ours and engines in Python processes, each from texts to vectors on its own clock. When each
 //! has its turn, and what is made of the figures, is not known here.
 
-use crate::python;
 use crate::worker::Worker;
+use crate::{fixture, python};
 use anyhow::{Context, bail, ensure};
+use engine::compile::Precision;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use worker_sdk::{AttachedModel, EmbedOptions, Model};
+use worker_sdk::{AttachedModel, Model};
 
 /// Components of a vector, at most: more is no answer of an encoder.
 const MAX_DIM: usize = 1 << 14;
-
-/// What an engine computes in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Precision {
-    /// Single precision.
-    F32,
-    /// Brain floating point.
-    Bf16,
-    /// Products of eight-bit integers.
-    Int8,
-}
-
-impl Precision {
-    /// Every precision, the most exact first.
-    pub(crate) const ALL: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Int8];
-
-    /// Its name in results, for scripts, and at the end of a model's name.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-            Precision::Int8 => "int8",
-        }
-    }
-}
 
 /// Engines in Python processes with the precisions that each is measured in.
 pub(crate) const PEERS: [(&str, Precision); 8] = [
@@ -68,6 +44,13 @@ pub(crate) struct Vectors {
     pub(crate) dim: usize,
     /// All, one after the other.
     pub(crate) values: Vec<f32>,
+}
+
+impl Vectors {
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.values.len().checked_div(self.dim).unwrap_or(0)
+    }
 }
 
 /// A way of getting vectors.
@@ -102,7 +85,7 @@ impl Contender {
     pub(crate) fn batch(&self, processes: &mut [Peer], texts: &[String]) -> anyhow::Result<(f64, Vectors)> {
         let start = Instant::now();
         let embeddings = match &self.way {
-            Way::Lane(model) => model.embed_with(texts, &EmbedOptions::bulk())?,
+            Way::Lane(model) => model.embed_with(texts, &fixture::bulk_options())?,
             Way::Attached(model) => model.embed(texts)?,
             Way::Process(number) => return process(processes, *number)?.batch(&self.route, texts),
         };
@@ -122,7 +105,7 @@ impl Contender {
         for text in texts.chunks(1) {
             let start = Instant::now();
             let embeddings = match &self.way {
-                Way::Lane(model) => model.embed(text)?,
+                Way::Lane(model) => model.embed_with(text, &fixture::single_options())?,
                 Way::Attached(model) => model.embed(text)?,
                 Way::Process(_) => bail!("a process was asked twice"),
             };

@@ -1,10 +1,12 @@
 //! Samples of one engine on one set, what is said of them, and how they compare. Nothing is measured here.
 
-use super::contenders::{OPENVINO, ORT, OURS, Precision, ST, Vectors};
+use super::contenders::{OPENVINO, ORT, OURS, ST, Vectors};
 use super::sets::Set;
 use crate::lane::Rates;
 use crate::report::rounded;
+use crate::samples::quantile;
 use anyhow::ensure;
+use engine::compile::Precision;
 use serde_json::{Value, json};
 
 /// How near vectors are to the reference's.
@@ -108,13 +110,6 @@ impl Samples {
             nearness: self.nearness,
         })
     }
-}
-
-/// The value that so large a share of the values does not exceed (nearest rank); `None` without values.
-fn quantile(values: &mut [f64], share: f64) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let rank = (values.len() as f64 * share).ceil() as usize;
-    values.get(rank.saturating_sub(1)).copied()
 }
 
 /// A result: one engine, one set.
@@ -335,12 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_values_that_were_measured() {
-        let mut values: Vec<f64> = (1..=100).rev().map(f64::from).collect();
-        assert_eq!(quantile(&mut values, 0.5), Some(50.0));
-        assert_eq!(quantile(&mut values, 0.99), Some(99.0));
-        assert_eq!(quantile(&mut [7.0], 0.99), Some(7.0));
-        assert_eq!(quantile(&mut [], 0.5), None);
+    fn there_is_no_row_without_samples() {
         assert!(Samples::default().row(OURS, Precision::F32, "lane".into(), Set::Mix).is_none());
     }
 }
