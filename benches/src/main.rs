@@ -4,6 +4,7 @@
 
 mod attach;
 mod big_model;
+mod clients16;
 mod fixture;
 mod infinity;
 mod lane;
@@ -56,6 +57,8 @@ enum Bench {
     Peers(peers::Arguments),
     /// Single texts while others index in bulk.
     Mixed(mixed::Arguments),
+    /// Sixteen processes with texts to embed, through one broker, against sixteen private copies.
+    Clients16(clients16::Arguments),
     /// A worker process; started by the others.
     #[command(hide = true)]
     Worker(worker::Arguments),
@@ -76,6 +79,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Throughput(throughput) => throughput::run(throughput)?,
         Bench::Peers(peers) => peers::run(peers)?,
         Bench::Mixed(mixed) => mixed::run(mixed)?,
+        Bench::Clients16(clients) => clients16::run(clients)?,
         Bench::Worker(worker) => return worker::run(worker, since_main),
         Bench::RingPeer(peer) => return ring::run_peer(peer),
     };
