@@ -18,6 +18,9 @@ pub(crate) const SMALL_MODEL: &str = "sentence-transformers/all-MiniLM-L6-v2";
 const SERVES_WITHIN: Duration = Duration::from_secs(60);
 /// How long a model may take to be compiled and loaded.
 const LOADED_WITHIN: Duration = Duration::from_secs(900);
+/// Files of the temporary folder that the broker, and its engines and loaders, write their log lines to.
+const BROKER_LOG: &str = "broker.log";
+const CHILDREN_LOG: &str = "children.log";
 /// Number of the readiness pipe in the broker.
 const READY_FD: i32 = 3;
 
@@ -116,9 +119,14 @@ impl Broker {
             .args(["--threads", &threads.to_string()])
             .args(["--ready-fd", &READY_FD.to_string()])
             .arg("--log-file")
-            .arg(folder.path().join("broker.log"))
+            .arg(folder.path().join(BROKER_LOG))
             .stdin(Stdio::null())
-            .stdout(Stdio::null());
+            .stdout(Stdio::null())
+            // Its engines and loaders say there what goes wrong.
+            .stderr(
+                std::fs::File::create(folder.path().join(CHILDREN_LOG))
+                    .context("making a file for the log")?,
+            );
         let limits = ChildLimits {
             parent_death_signal: true,
             inherit_fds: vec![(OwnedFd::from(ready_writer), READY_FD)],
@@ -143,7 +151,8 @@ impl Broker {
 
     /// What it and its engines have logged.
     pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("broker.log")).unwrap_or_default()
+        let of = |name| std::fs::read_to_string(self.folder.path().join(name)).unwrap_or_default();
+        of(BROKER_LOG) + &of(CHILDREN_LOG)
     }
 
     /// The program that it runs.
