@@ -92,6 +92,7 @@ fn every_figure_is_there_and_adds_up() {
                 ["p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms"].map(|name| number(&class[name]));
             assert!(quantiles[0] > 0.0 && quantiles.is_sorted(), "{quantiles:?}");
             assert!(number(&class["texts_per_s"]) > 0.0);
+            assert!(number(&class["steady_texts_per_s"]) > 0.0);
         }
         for name in ["completed", "texts"] {
             assert_eq!(number(&all[name]), number(&interactive[name]) + number(&bulk[name]), "{name}");

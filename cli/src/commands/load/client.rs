@@ -93,6 +93,7 @@ struct Tally {
     counts: ClientResult,
     completed: u64,
     texts: u64,
+    texts_in_time: f64,
 }
 
 impl Thread {
@@ -104,6 +105,7 @@ impl Thread {
             counts: ClientResult::default(),
             completed: 0,
             texts: 0,
+            texts_in_time: 0.0,
         };
         Thread {
             plan: plan.clone(),
@@ -130,10 +132,11 @@ impl Thread {
             let begun = Instant::now();
             let outcome = self.model.submit(&texts, &options).and_then(worker_sdk::Job::wait);
             let took = begun.elapsed();
+            let in_time = share_before(end.saturating_duration_since(begun), took);
             let failed = outcome.is_err();
             self.with_tally(|tally| match outcome {
                 Ok(answer) => {
-                    tally.answered(took, texts.len());
+                    tally.answered(took, texts.len(), in_time);
                     if let Some(checker) = &self.checker {
                         tally.judged(&checker.judge(&answer, &rows, before.as_deref()));
                     }
@@ -165,9 +168,11 @@ impl Thread {
 }
 
 impl Tally {
-    fn answered(&mut self, took: Duration, texts: usize) {
+    /// `in_time` is the share of the request that lay before the end of the run.
+    fn answered(&mut self, took: Duration, texts: usize, in_time: f64) {
         self.completed += 1;
         self.texts += texts as u64;
+        self.texts_in_time += texts as f64 * in_time;
         self.latency_us.saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
     }
 
@@ -192,10 +197,16 @@ impl Tally {
         let class = if self.bulk { &mut all.bulk } else { &mut all.interactive };
         class.completed += self.completed;
         class.texts += self.texts;
+        class.texts_in_time += self.texts_in_time;
         class.latency_us.extend(
             self.latency_us.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value())),
         );
     }
+}
+
+/// The share of a request that took `took` and began so long before the end which lay before the end.
+fn share_before(left: Duration, took: Duration) -> f64 {
+    if took <= left { 1.0 } else { left.as_secs_f64() / took.as_secs_f64() }
 }
 
 /// An empty histogram of times in µs.
@@ -288,6 +299,15 @@ mod tests {
     }
 
     #[test]
+    fn requests_beyond_the_end_count_by_their_share() {
+        let ms = Duration::from_millis;
+        assert_eq!(share_before(ms(5), ms(5)), 1.0);
+        assert_eq!(share_before(ms(0), ms(0)), 1.0);
+        assert_eq!(share_before(ms(0), ms(5)), 0.0);
+        assert!((share_before(ms(1), ms(4)) - 0.25).abs() < 1e-9);
+    }
+
+    #[test]
     fn what_has_not_come_back_is_lost() {
         let mut tally = Tally {
             bulk: true,
@@ -296,13 +316,15 @@ mod tests {
             counts: ClientResult::default(),
             completed: 0,
             texts: 0,
+            texts_in_time: 0.0,
         };
-        tally.answered(Duration::from_millis(3), 32);
-        tally.answered(Duration::from_secs(100_000), 32);
+        tally.answered(Duration::from_millis(3), 32, 1.0);
+        tally.answered(Duration::from_secs(100_000), 32, 0.25);
         tally.counts.errors.insert("OVERLOADED".into(), 2);
         let mut all = ClientResult::default();
         tally.add_to(&mut all);
         assert_eq!((all.submitted, all.completed(), all.error_count(), all.lost), (5, 2, 2, 1));
+        assert!((all.bulk.texts_in_time - 40.0).abs() < 1e-9);
         assert_eq!((all.bulk.texts, all.bulk.latency_us.len(), all.interactive.completed), (64, 2, 0));
     }
 }

@@ -91,6 +91,8 @@ pub(crate) struct Class {
     pub(crate) completed: u64,
     /// Texts in them.
     pub(crate) texts: u64,
+    /// Texts computed before the end: those of requests that ended after it by the share of their time before it.
+    pub(crate) texts_in_time: f64,
     /// How long they took: pairs of a time in µs and how many took it.
     pub(crate) latency_us: Vec<(u64, u64)>,
 }
