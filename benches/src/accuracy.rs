@@ -75,12 +75,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         .collect();
     let ours = || field.contenders.iter().position(|of| of.engine == OURS && of.precision == Precision::F32);
     let reference = field.reference().or_else(ours).context("nothing in f32 to compare with")?;
-    if field.contenders[reference].engine == OURS {
-        field
-            .remarks
-            .push("the reference is our own f32, since sentence-transformers was not measured".into());
+    let whose = field.contenders[reference].engine;
+    if whose == OURS {
+        let why = "sentence-transformers was not measured (benches/peers/install.sh): our own f32 stands in";
+        field.remarks.push(why.into());
     }
-
     let reference = Measured::of(&mut field, reference, &passages, &sentences, &pairs)?;
     let mut rows = Vec::new();
     for number in taken {
@@ -92,7 +91,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
                 .with_context(|| contender.name())?,
         );
     }
-    Ok(report(&rows, &field, [passages.len(), sentences.len(), pairs.pairs.len()]))
+    Ok(report(&rows, &field, whose, [passages.len(), sentences.len(), pairs.pairs.len()]))
 }
 
 /// Every text once, in the order of their first coming.
@@ -186,8 +185,9 @@ fn goals(rows: &[Row]) -> Vec<(String, Option<f64>, f64)> {
     goals
 }
 
-fn report(rows: &[Row], field: &Field, [passages, sentences, pairs]: [usize; 3]) -> Report {
+fn report(rows: &[Row], field: &Field, reference: &str, [passages, sentences, pairs]: [usize; 3]) -> Report {
     let mut report = Report::new("accuracy");
+    report.figure("reference", reference);
     report.figure("passages", passages);
     report.figure("sentences", sentences);
     report.figure("pairs", pairs);
@@ -205,9 +205,7 @@ fn report(rows: &[Row], field: &Field, [passages, sentences, pairs]: [usize; 3])
     report.figure("results", rows.iter().map(figure).collect::<Vec<_>>());
     report.figure("versions", json!(field.versions));
     let mut table = Table::new(
-        format!(
-            "Against sentence-transformers f32: {passages} passages, {sentences} sentences, {pairs} graded pairs"
-        ),
+        format!("Against {reference} f32: {passages} passages, {sentences} sentences, {pairs} graded pairs"),
         &[
             "precision",
             "engine",

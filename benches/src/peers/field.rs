@@ -195,6 +195,11 @@ impl Field {
         python: &Path,
         peers: &[(&'static str, Precision)],
     ) -> anyhow::Result<()> {
+        let wanted: Vec<_> =
+            peers.iter().filter(|(engine, precision)| choice.wants(engine, *precision)).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
         let cache = choice.models.clone().unwrap_or_else(|| tree().join("benches/peers/.models"));
         let made = match calibrated(python, &self.model, &cache) {
             Ok(made) => made,
@@ -206,9 +211,9 @@ impl Field {
         for (name, why) in &made.errors {
             self.remarks.push(format!("{name} could not be made for its engine: {why}"));
         }
-        let wanted = peers.iter().copied().filter(|(engine, precision)| choice.wants(engine, *precision));
         let started: Vec<Peer> = wanted
-            .map(|peer| Peer::start(python, peer, &self.model, &made, self.threads))
+            .into_iter()
+            .map(|peer| Peer::start(python, *peer, &self.model, &made, self.threads))
             .collect::<anyhow::Result<_>>()?;
         started.into_iter().for_each(|peer| self.add_process(peer));
         Ok(())
