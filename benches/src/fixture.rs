@@ -2,6 +2,7 @@
 //! model. Nothing is measured here.
 
 use anyhow::{Context, bail, ensure};
+use engine::compile::Precision;
 use shm_os::process::{ChildLimits, SpawnedChild, spawn_limited};
 use shm_os::{Interest, Poller};
 use std::io::Read;
@@ -9,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use worker_sdk::{Client, ModelRequest, StartBroker};
+use worker_sdk::{Client, EmbedOptions, ModelRequest, StartBroker};
 
 /// The model that everything is measured with, unless said otherwise.
 pub(crate) const SMALL_MODEL: &str = "sentence-transformers/all-MiniLM-L6-v2";
@@ -17,6 +18,9 @@ pub(crate) const SMALL_MODEL: &str = "sentence-transformers/all-MiniLM-L6-v2";
 const SERVES_WITHIN: Duration = Duration::from_secs(60);
 /// How long a model may take to be compiled and loaded.
 const LOADED_WITHIN: Duration = Duration::from_secs(900);
+/// Files of the temporary folder that the broker, and its engines and loaders, write their log lines to.
+const BROKER_LOG: &str = "broker.log";
+const CHILDREN_LOG: &str = "children.log";
 /// Number of the readiness pipe in the broker.
 const READY_FD: i32 = 3;
 
@@ -64,10 +68,30 @@ pub(crate) fn small_model_folder() -> anyhow::Result<PathBuf> {
     Ok(model_source::resolve(&reference, &options, &mut model_source::NoProgress)?.folder)
 }
 
+/// A precision by its name, for the command line.
+///
+/// # Errors
+/// Lists the names that there are.
+pub(crate) fn precision(name: &str) -> Result<Precision, String> {
+    let found = Precision::ALL.into_iter().find(|precision| precision.name() == name);
+    found.ok_or_else(|| format!("none of {}", Precision::ALL.map(Precision::name).join(", ")))
+}
+
+/// How many texts at once are embedded in all benches.
+pub(crate) fn bulk_options() -> EmbedOptions {
+    EmbedOptions::bulk()
+}
+
+/// How a text that somebody waits for is embedded in all benches.
+pub(crate) fn single_options() -> EmbedOptions {
+    EmbedOptions::default()
+}
+
 /// A broker of the bench's own, with a socket and a cache in a temporary folder; killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Broker {
     child: SpawnedChild,
+    program: PathBuf,
     socket: PathBuf,
     folder: tempfile::TempDir,
 }
@@ -76,20 +100,27 @@ impl Broker {
     /// Starts a broker with so many compute threads and waits until it serves. Without a cache: benches ask for the same
     /// texts again and again, and what they measure is computing.
     pub(crate) fn start(threads: usize) -> anyhow::Result<Broker> {
-        Broker::start_with(threads, &["--cache-entries", "0"])
+        Broker::start_with(threads, &["--cache-entries", "0"], &[])
     }
 
     /// As [`Broker::start`], with the cache that a broker has where nothing else is said.
     pub(crate) fn start_with_cache(threads: usize) -> anyhow::Result<Broker> {
-        Broker::start_with(threads, &[])
+        Broker::start_with(threads, &[], &[])
     }
 
-    fn start_with(threads: usize, arguments: &[&str]) -> anyhow::Result<Broker> {
+    /// As [`Broker::start`], with other environment variables for it and its engines.
+    pub(crate) fn start_in(threads: usize, variables: &[(&str, &str)]) -> anyhow::Result<Broker> {
+        Broker::start_with(threads, &["--cache-entries", "0"], variables)
+    }
+
+    fn start_with(threads: usize, arguments: &[&str], variables: &[(&str, &str)]) -> anyhow::Result<Broker> {
         let folder = tempfile::Builder::new().prefix("bench-").tempdir().context("making a folder")?;
         let socket = folder.path().join("run").join("broker.sock");
         let (mut ready, ready_writer) = std::io::pipe()?;
-        let mut command = Command::new(program()?);
+        let program = program()?;
+        let mut command = Command::new(&program);
         command
+            .envs(variables.iter().copied())
             .arg("serve")
             .arg("--socket")
             .arg(&socket)
@@ -99,16 +130,21 @@ impl Broker {
             .args(arguments)
             .args(["--ready-fd", &READY_FD.to_string()])
             .arg("--log-file")
-            .arg(folder.path().join("broker.log"))
+            .arg(folder.path().join(BROKER_LOG))
             .stdin(Stdio::null())
-            .stdout(Stdio::null());
+            .stdout(Stdio::null())
+            // Its engines and loaders say there what goes wrong.
+            .stderr(
+                std::fs::File::create(folder.path().join(CHILDREN_LOG))
+                    .context("making a file for the log")?,
+            );
         let limits = ChildLimits {
             parent_death_signal: true,
             inherit_fds: vec![(OwnedFd::from(ready_writer), READY_FD)],
             ..ChildLimits::default()
         };
         let child = spawn_limited(command, limits).context("starting a broker")?;
-        let broker = Broker { child, socket, folder };
+        let broker = Broker { child, program, socket, folder };
         let poller = Poller::new()?;
         poller.add(&ready, 0, Interest::READABLE)?;
         let mut events = Vec::new();
@@ -124,8 +160,15 @@ impl Broker {
         Ok(broker)
     }
 
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("broker.log")).unwrap_or_default()
+    /// What it and its engines have logged.
+    pub(crate) fn log(&self) -> String {
+        let of = |name| std::fs::read_to_string(self.folder.path().join(name)).unwrap_or_default();
+        of(BROKER_LOG) + &of(CHILDREN_LOG)
+    }
+
+    /// The program that it runs.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
     }
 
     /// Its socket.

@@ -122,7 +122,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
 
 fn measure(arguments: &Arguments, ways: &mut [Way; 3], tokens: usize) -> anyhow::Result<Row> {
     let mut texts = texts::Texts::new(tokens);
-    let options = EmbedOptions::default();
+    let options = fixture::single_options();
     let mut idle: Vec<(&'static str, Samples)> =
         ways.iter().map(|way| (way.name(), Samples::new())).collect();
     for round in 0..arguments.rounds {
@@ -140,7 +140,7 @@ fn measure(arguments: &Arguments, ways: &mut [Way; 3], tokens: usize) -> anyhow:
             samples.end_block();
         }
     }
-    let bulk = EmbedOptions::bulk();
+    let bulk = fixture::bulk_options();
     let mut rates: Vec<Vec<f64>> = vec![Vec::new(); ways.len()];
     for round in 0..arguments.rounds {
         for turn in 0..ways.len() {

@@ -2,13 +2,17 @@
 //! lives in a module of its own.
 #![forbid(unsafe_code)]
 
+mod accuracy;
 mod attach;
 mod big_model;
 mod cache;
+mod clients16;
 mod fixture;
+mod infinity;
 mod lane;
 mod machine;
 mod memory;
+mod mixed;
 mod peers;
 mod processes20;
 mod python;
@@ -55,9 +59,18 @@ enum Bench {
     Throughput(throughput::Arguments),
     /// Texts a second and single texts, against sentence-transformers, ONNX Runtime, OpenVINO and fastembed.
     Peers(peers::Arguments),
+    /// Single texts while others index in bulk.
+    Mixed(mixed::Arguments),
+    /// Sixteen processes with texts to embed, through one broker, against sixteen private copies.
+    Clients16(clients16::Arguments),
+    /// What precisions cost: cosines, neighbours and rank correlation, against f32 and other engines.
+    Accuracy(accuracy::Arguments),
     /// A worker process; started by the others.
     #[command(hide = true)]
     Worker(worker::Arguments),
+    /// Stock candle as a process; started by `peers`.
+    #[command(hide = true)]
+    Candle(peers::candle::Arguments),
     /// The other process of `ring`; started by it.
     #[command(hide = true)]
     RingPeer(ring::PeerArguments),
@@ -75,7 +88,11 @@ fn main() -> anyhow::Result<()> {
         Bench::Processes20(processes) => processes20::run(processes)?,
         Bench::Throughput(throughput) => throughput::run(throughput)?,
         Bench::Peers(peers) => peers::run(peers)?,
+        Bench::Mixed(mixed) => mixed::run(mixed)?,
+        Bench::Clients16(clients) => clients16::run(clients)?,
+        Bench::Accuracy(accuracy) => accuracy::run(accuracy)?,
         Bench::Worker(worker) => return worker::run(worker, since_main),
+        Bench::Candle(candle) => return peers::candle::run(candle),
         Bench::RingPeer(peer) => return ring::run_peer(peer),
     };
     report.print(arguments.json);

@@ -1,36 +1,36 @@
 //! `peers`: texts a second and the time of one text, ours and other engines in one run, in rounds that alternate; each
 //! from texts to vectors on its own clock. What the parts do is in the modules below.
 
+pub(crate) mod candle;
 mod chart;
-mod contenders;
+pub(crate) mod contenders;
+pub(crate) mod field;
 mod gemm;
-mod results;
-mod sets;
+pub(crate) mod results;
+pub(crate) mod sets;
 
-use crate::fixture::{self, Broker};
+use crate::fixture;
 use crate::report::{Report, Table, rounded, short};
-use crate::{machine, python};
 use anyhow::{Context, ensure};
 use clap::ValueEnum;
-use contenders::{Contender, Made, OURS, PEERS, Peer, Precision, ST, Vectors, Way};
+pub(crate) use contenders::Vectors;
+use contenders::{Contender, OURS, PEERS};
+use engine::CPU_PATH_VARIABLE;
+use engine::compile::Precision;
+use field::{Choice, Field, tree};
 use gemm::Gemm;
-use results::{Nearness, Row, Rows, Samples};
+use results::{Row, Rows, Samples};
 use serde_json::{Map, Value, json};
-use sets::{Passages, Set, Sets};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use sets::{Set, Sets};
+use std::path::PathBuf;
 
-/// Documents whose passages calibrate quantised models of peers, so many at most; the prose set has others.
-const CALIBRATION_TEXTS: usize = 300;
+/// Forced paths compute so small a part of a round's texts: the slowest would take minutes for all.
+const FORCED_PART: usize = 4;
 /// Rounds after which the GEMM peak is measured again.
 const ROUNDS_A_PEAK: usize = 3;
-/// The environment variable that forces a path of ours; the engine reads it.
-const FORCED_PATH: &str = "MODELBROKER_CPU_PATH";
 
 /// Arguments of `peers`.
 #[derive(Debug, clap::Args)]
-// A group is named after its struct, and the flattened one has the same name.
-#[group(id = "peers")]
 pub(crate) struct Arguments {
     /// Rounds; the engines alternate in each.
     #[arg(long, default_value_t = 5)]
@@ -44,56 +44,24 @@ pub(crate) struct Arguments {
     /// Which texts.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Set::value_variants().to_vec())]
     sets: Vec<Set>,
-    /// Only these engines: modelbroker, sentence-transformers, onnxruntime, openvino, fastembed.
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    /// Only these precisions: f32, bf16, int8.
-    #[arg(long, value_delimiter = ',')]
-    precisions: Vec<String>,
-    /// Compute threads of each [default: the cores that may be used]
-    #[arg(long)]
-    threads: Option<usize>,
     /// Draw the rates of the 128-token texts into this file, as SVG.
     #[arg(long, value_name = "FILE")]
     chart: Option<PathBuf>,
-    /// Where exported and quantised models of peers are kept [default: benches/peers/.models]
-    #[arg(long, value_name = "FOLDER")]
-    models: Option<PathBuf>,
+    /// Measure ours also with these CPU paths forced, on a quarter of the 128-token texts: amx, avx512-vnni, avx512, avx2,
+    /// portable.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    cpu_paths: Vec<String>,
     #[command(flatten)]
-    python: python::Arguments,
+    choice: Choice,
 }
 
 impl Arguments {
-    fn wants(&self, engine: &str, precision: Precision) -> bool {
-        let among = |list: &[String], name: &str| list.is_empty() || list.iter().any(|listed| listed == name);
-        among(&self.only, engine) && among(&self.precisions, precision.name())
-    }
-
     /// # Errors
-    /// When a name is none of an engine or precision, or a count is zero.
+    /// When a name is none of an engine, or a count is zero.
     fn check(&self) -> anyhow::Result<()> {
-        let engines: Vec<&str> = PEERS.iter().map(|(engine, _)| *engine).chain([OURS]).collect();
-        let precisions = Precision::ALL.map(Precision::name);
-        for (given, known) in [(&self.only, &engines[..]), (&self.precisions, &precisions[..])] {
-            for name in given {
-                ensure!(known.contains(&name.as_str()), "{name} is none of {}", known.join(", "));
-            }
-        }
         ensure!(self.rounds > 0 && self.singles > 0, "at least one round and one single text are needed");
-        ensure!(self.threads != Some(0), "at least one thread is needed");
-        Ok(())
+        self.choice.check()
     }
-}
-
-/// Everything that is measured, ready.
-struct Field {
-    contenders: Vec<Contender>,
-    processes: Vec<Peer>,
-    gemm: Option<Gemm>,
-    versions: BTreeMap<&'static str, String>,
-    remarks: Vec<String>,
-    // Last, so that it ends after those that it computes for.
-    broker: Broker,
 }
 
 /// Runs the bench.
@@ -102,19 +70,37 @@ struct Field {
 /// When our own model cannot be loaded in f32, or a text cannot be computed by an engine that was ready.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     arguments.check()?;
-    let threads = match arguments.threads {
-        Some(threads) => threads,
-        None => machine::allowed_cores()?.len(),
-    };
+    let choice = &arguments.choice;
+    let threads = choice.threads()?;
     let folder = fixture::small_model_folder()?;
     let mut sets = Sets::new(&tree().join("demo/corpus"))?;
-    let mut field = Field::new(arguments, &folder, threads)?;
+    let mut field = Field::new(&folder, threads)?;
+    let mut gemm = None;
+    match choice.python.find()? {
+        Some(python) => {
+            field.add_peers(choice, &python, &PEERS)?;
+            field.add_infinity(choice, &python);
+            match Gemm::start(&python, threads) {
+                Ok(started) => gemm = Some(started),
+                Err(why) => field.remarks.push(format!("the GEMM peak was not measured: {why:#}")),
+            }
+        }
+        None => {
+            let why =
+                "peers and GEMM peak were not measured: no Python that has them (benches/peers/install.sh)";
+            field.remarks.push(why.into());
+        }
+    }
+    field.add_candle(choice)?;
+    field.add_ours(choice, &["lane", "socket", "attached"])?;
+    field.add_paths(choice, &arguments.cpu_paths)?;
+    ensure!(!field.contenders.is_empty(), "nothing to measure: {}", field.remarks.join("; "));
     let mut rows = Vec::new();
     for &set in &arguments.sets {
-        rows.extend(field.measure(arguments, set, &mut sets)?);
+        rows.extend(measure(&mut field, &mut gemm, arguments, set, &mut sets)?);
     }
     let operations = gemm::operations_a_token(&folder)?;
-    let mut report = report(&rows, &field, threads, operations);
+    let mut report = report(&rows, &field, gemm.as_ref(), threads, operations);
     if let Some(file) = &arguments.chart {
         let drawing = draw(&rows, threads);
         std::fs::write(file, drawing).with_context(|| format!("writing {}", file.display()))?;
@@ -125,165 +111,62 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// The root of the source tree.
-fn tree() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+/// Every contender on one set, in rounds.
+fn measure(
+    field: &mut Field,
+    gemm: &mut Option<Gemm>,
+    arguments: &Arguments,
+    set: Set,
+    sets: &mut Sets,
+) -> anyhow::Result<Vec<Row>> {
+    let taking: Vec<usize> =
+        (0..field.contenders.len()).filter(|number| field.contenders[*number].takes(set)).collect();
+    let mut samples: Vec<Samples> = field.contenders.iter().map(|_| Samples::default()).collect();
+    // The first round warms everything up; only its vectors count.
+    for round in 0..=arguments.rounds {
+        let texts = sets.of_tokens(set, arguments.round_tokens);
+        let singles = sets.some(set, arguments.singles);
+        let mut vectors: Vec<Option<Vectors>> = vec![None; samples.len()];
+        for turn in 0..taking.len() {
+            let number = taking[(round + turn) % taking.len()];
+            let texts = match field.contenders[number].cpu_path {
+                Some(_) => &texts[..texts.len().div_ceil(FORCED_PART)],
+                None => &texts[..],
+            };
+            let (seconds, computed) = field.batch(number, texts)?;
+            vectors[number] = Some(computed);
+            let single_s = field.singles(number, &singles)?;
+            if round > 0 {
+                samples[number].batch(texts.len(), seconds);
+                samples[number].singles(&single_s);
+            }
+        }
+        for (samples, near) in samples.iter_mut().zip(field.nearness(&vectors)?) {
+            near.into_iter().for_each(|near| samples.near(near));
+        }
+        if let Some(gemm) = gemm.as_mut().filter(|_| round % ROUNDS_A_PEAK == 1) {
+            gemm.measure()?;
+        }
+    }
+    let row = |(contender, samples): (&Contender, Samples)| samples.row(contender, set);
+    Ok(field.contenders.iter().zip(samples).filter_map(row).collect())
 }
 
-impl Field {
-    fn new(arguments: &Arguments, folder: &Path, threads: usize) -> anyhow::Result<Field> {
-        let name = folder.to_str().context("the model folder's name is not UTF-8")?;
-        engine::set_threads(threads)?;
-        let mut field = Field {
-            contenders: Vec::new(),
-            processes: Vec::new(),
-            gemm: None,
-            versions: BTreeMap::new(),
-            remarks: Vec::new(),
-            broker: Broker::start(threads)?,
-        };
-        match arguments.python.find()? {
-            Some(python) => field.add_peers(arguments, &python, name, threads)?,
-            None => {
-                let why = "peers and GEMM peak were not measured: no Python that has them (benches/peers/install.sh)";
-                field.remarks.push(why.into());
-            }
-        }
-        for precision in Precision::ALL {
-            if arguments.wants(OURS, precision) {
-                field.add_ours(name, precision)?;
-            }
-        }
-        ensure!(!field.contenders.is_empty(), "nothing to measure: {}", field.remarks.join("; "));
-        Ok(field)
-    }
-
-    fn add_ours(&mut self, name: &str, precision: Precision) -> anyhow::Result<()> {
-        // Without a suffix a model is f32 unless the environment says otherwise, so it is always named.
-        let named = format!("{name}:{}", precision.name());
-        let loaded = self.broker.load(&named);
-        let model = match (loaded, precision) {
-            (Ok(model), _) => model,
-            (Err(error), Precision::F32) => return Err(error),
-            (Err(error), _) => {
-                self.remarks.push(format!(
-                    "{OURS} {} was not measured: {}",
-                    precision.name(),
-                    error.root_cause()
-                ));
-                return Ok(());
-            }
-        };
-        let attached = model.attach()?;
-        for (route, way) in [("lane", Way::Lane(model)), ("attached", Way::Attached(attached))] {
-            self.contenders.push(Contender { engine: OURS, precision, route: route.into(), way });
-        }
-        Ok(())
-    }
-
-    fn add_peers(
-        &mut self,
-        arguments: &Arguments,
-        python: &Path,
-        model: &str,
-        threads: usize,
-    ) -> anyhow::Result<()> {
-        let cache = arguments.models.clone().unwrap_or_else(|| tree().join("benches/peers/.models"));
-        let made = match calibrated(python, model, &cache) {
-            Ok(made) => made,
-            Err(error) => {
-                self.remarks.push(format!("peers were not measured: {error:#}"));
-                return Ok(());
-            }
-        };
-        for (name, why) in &made.errors {
-            self.remarks.push(format!("{name} could not be made for its engine: {why}"));
-        }
-        let wanted = PEERS.into_iter().filter(|(engine, precision)| arguments.wants(engine, *precision));
-        let started: Vec<Peer> = wanted
-            .map(|peer| Peer::start(python, peer, model, &made, threads))
-            .collect::<anyhow::Result<_>>()?;
-        for mut peer in started {
-            let (engine, precision) = (peer.engine, peer.precision);
-            match peer.ready() {
-                Ok((routes, versions)) => {
-                    self.versions.insert(engine, versions);
-                    let number = self.processes.len();
-                    self.processes.push(peer);
-                    self.contenders.extend(routes.into_iter().map(|route| Contender {
-                        engine,
-                        precision,
-                        route,
-                        way: Way::Process(number),
-                    }));
-                }
-                Err(why) => {
-                    self.remarks.push(format!("{engine} {} was not measured: {why:#}", precision.name()));
-                }
-            }
-        }
-        match Gemm::start(python, threads) {
-            Ok(gemm) => self.gemm = Some(gemm),
-            Err(why) => self.remarks.push(format!("the GEMM peak was not measured: {why:#}")),
-        }
-        Ok(())
-    }
-
-    fn measure(&mut self, arguments: &Arguments, set: Set, sets: &mut Sets) -> anyhow::Result<Vec<Row>> {
-        let count = self.contenders.len();
-        let mut samples: Vec<Samples> = (0..count).map(|_| Samples::default()).collect();
-        // The first round warms everything up; only its vectors count.
-        for round in 0..=arguments.rounds {
-            let texts = sets.of_tokens(set, arguments.round_tokens);
-            let singles = sets.some(set, arguments.singles);
-            let mut vectors = vec![Vectors::default(); count];
-            for turn in 0..count {
-                let number = (round + turn) % count;
-                let contender = &self.contenders[number];
-                let whose =
-                    || format!("{} {} {}", contender.engine, contender.precision.name(), contender.route);
-                let (seconds, computed) = contender.batch(&mut self.processes, &texts).with_context(whose)?;
-                vectors[number] = computed;
-                let single_s = contender.singles(&mut self.processes, &singles).with_context(whose)?;
-                if round > 0 {
-                    samples[number].batch(texts.len(), seconds);
-                    samples[number].singles(&single_s);
-                }
-            }
-            let is_reference =
-                |contender: &Contender| contender.engine == ST && contender.precision == Precision::F32;
-            if let Some(reference) = self.contenders.iter().position(is_reference) {
-                for (number, computed) in vectors.iter().enumerate() {
-                    samples[number].near(Nearness::of(computed, &vectors[reference])?);
-                }
-            }
-            if let Some(gemm) = self.gemm.as_mut().filter(|_| round % ROUNDS_A_PEAK == 1) {
-                gemm.measure()?;
-            }
-        }
-        let row = |(contender, samples): (&Contender, Samples)| {
-            samples.row(contender.engine, contender.precision, contender.route.clone(), set)
-        };
-        Ok(self.contenders.iter().zip(samples).filter_map(row).collect())
-    }
-}
-
-/// What peers load, quantised with passages of this project's documentation.
-fn calibrated(python: &Path, model: &str, cache: &Path) -> anyhow::Result<Made> {
-    let mut passages = Passages::read(&tree().join("docs"))?;
-    let texts: Vec<String> = (0..CALIBRATION_TEXTS).map(|_| passages.next()).collect();
-    contenders::make(python, model, cache, &texts)
-}
-
-fn report(rows: &[Row], field: &Field, threads: usize, operations_a_token: f64) -> Report {
+fn report(
+    rows: &[Row],
+    field: &Field,
+    gemm: Option<&Gemm>,
+    threads: usize,
+    operations_a_token: f64,
+) -> Report {
     let mut report = Report::new("peers");
-    let peak = |precision| field.gemm.as_ref().and_then(|gemm| gemm.peak(precision));
+    let peak = |precision| gemm.and_then(|gemm| gemm.peak(precision));
     let share = |row: &Row| {
         let operations = row.rates.median * row.set.tokens()? as f64 * operations_a_token;
         Some(operations / (peak(row.precision)?.gops * 1e9))
     };
     report.figure("threads", threads);
-    let forced = std::env::var(FORCED_PATH).ok().filter(|path| !path.is_empty());
+    let forced = std::env::var(CPU_PATH_VARIABLE).ok().filter(|path| !path.is_empty());
     report.figure("cpu_path", json!(forced));
     report.figure("results", rows.iter().map(|row| row.to_json(threads, share(row))).collect::<Vec<_>>());
     let mut gops = Map::new();
@@ -301,18 +184,15 @@ fn report(rows: &[Row], field: &Field, threads: usize, operations_a_token: f64) 
     report.figure("gemm_peak_library", Value::Object(libraries));
     report.figure("versions", json!(field.versions));
 
-    report.table(across(rows, format!("Texts a second, {threads} threads: median (spread)"), |row| {
-        format!("{} ({}-{})", short(row.rates.median), short(row.rates.low), short(row.rates.high))
-    }));
+    report.table(across(rows, format!("Texts a second, {threads} threads: median (spread)"), rate));
     report.table(across(rows, "One text alone: p50 / p99 ms".into(), |row| {
         format!("{} / {}", short(row.p50_ms), short(row.p99_ms))
     }));
-    report.table(across(rows, "Cosine to sentence-transformers f32: lowest (mean)".into(), |row| {
-        row.nearness.map_or("-".into(), |near| format!("{:.6} ({:.6})", near.cosine_min, near.cosine_mean))
-    }));
+    report.table(across(rows, "Cosine to sentence-transformers f32: lowest (mean)".into(), cosines));
     report.table(across(rows, "Share of the GEMM peak".into(), |row| {
         share(row).map_or("-".into(), |share| format!("{:.0} %", share * 100.0))
     }));
+    forced_paths(rows, threads).into_iter().for_each(|table| report.table(table));
     let allowed = peak(Precision::F32)
         .zip(Set::Medium.tokens())
         .map(|(peak, tokens)| peak.gops * 1e9 / (operations_a_token * tokens as f64));
@@ -327,7 +207,7 @@ fn report(rows: &[Row], field: &Field, threads: usize, operations_a_token: f64) 
         ));
     }
     if let Some(path) = forced {
-        report.remark(format!("{OURS} was kept to the path {path} ({FORCED_PATH})"));
+        report.remark(format!("{OURS} was kept to the path {path} ({CPU_PATH_VARIABLE})"));
     }
     for (engine, versions) in &field.versions {
         report.remark(format!("{engine}: {versions}"));
@@ -336,11 +216,12 @@ fn report(rows: &[Row], field: &Field, threads: usize, operations_a_token: f64) 
     report
 }
 
-/// One line for each engine, precision and route, one column for each set.
+/// One line for each engine, precision and route, one column for each set; forced paths have a table of their own.
 fn across(rows: &[Row], title: String, cell: impl Fn(&Row) -> String) -> Table {
     let mut sets: Vec<Set> = Vec::new();
     let mut lines: Vec<(&str, Precision, &str)> = Vec::new();
-    for row in rows {
+    let rows: Vec<&Row> = rows.iter().filter(|row| row.cpu_path.is_none()).collect();
+    for row in &rows {
         let line = (row.engine, row.precision, row.route.as_str());
         if !sets.contains(&row.set) {
             sets.push(row.set);
@@ -356,13 +237,13 @@ fn across(rows: &[Row], title: String, cell: impl Fn(&Row) -> String) -> Table {
         for (engine, _, route) in lines.iter().filter(|(_, of, _)| *of == precision) {
             let mut cells = vec![precision.name().to_owned(), (*engine).into(), (*route).into()];
             cells.extend(sets.iter().map(|set| {
-                let of_line = |row: &&Row| {
+                let of_line = |row: &&&Row| {
                     row.set == *set
                         && row.precision == precision
                         && row.engine == *engine
                         && row.route == *route
                 };
-                rows.iter().find(of_line).map_or("-".into(), &cell)
+                rows.iter().find(of_line).map_or("-".into(), |row| cell(row))
             }));
             table.row(cells);
         }
@@ -370,11 +251,42 @@ fn across(rows: &[Row], title: String, cell: impl Fn(&Row) -> String) -> Table {
     table
 }
 
+/// Ours kept to slower paths, beside the one that it takes by itself; `None` when no path was forced.
+fn forced_paths(rows: &[Row], threads: usize) -> Option<Table> {
+    rows.iter().find(|row| row.cpu_path.is_some())?;
+    let mut table = Table::new(
+        format!("Ours through the lane, kept to a CPU path: texts of 128 tokens, {threads} threads"),
+        &["precision", "path", "texts a second", "one text: p50 / p99 ms", "cosine, lowest (mean)"],
+    );
+    let ours = |row: &&Row| row.engine == OURS && row.route == "lane" && row.set == Set::Medium;
+    for precision in Precision::ALL {
+        for row in rows.iter().filter(ours).filter(|row| row.precision == precision) {
+            table.row(vec![
+                precision.name().into(),
+                row.cpu_path.clone().unwrap_or_else(|| "its own choice".into()),
+                rate(row),
+                format!("{} / {}", short(row.p50_ms), short(row.p99_ms)),
+                cosines(row),
+            ]);
+        }
+    }
+    Some(table)
+}
+
+fn rate(row: &Row) -> String {
+    format!("{} ({}-{})", short(row.rates.median), short(row.rates.low), short(row.rates.high))
+}
+
+fn cosines(row: &Row) -> String {
+    row.nearness.map_or("-".into(), |near| format!("{:.6} ({:.6})", near.cosine_min, near.cosine_mean))
+}
+
 /// The rates of the 128-token texts, grouped by precision.
 fn draw(rows: &[Row], threads: usize) -> String {
     let groups = Precision::ALL.map(|precision| {
         let of_group = rows.iter().filter(|row| row.set == Set::Medium && row.precision == precision);
-        let bars = of_group.map(|row| chart::Bar {
+        // Forced paths are no way that somebody would choose.
+        let bars = of_group.filter(|row| row.cpu_path.is_none()).map(|row| chart::Bar {
             label: if row.route == "in_process" {
                 row.engine.into()
             } else {
@@ -390,13 +302,14 @@ fn draw(rows: &[Row], threads: usize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::contenders::ST;
     use super::*;
 
     fn row(engine: &'static str, precision: Precision, route: &str, set: Set) -> Row {
         let mut samples = Samples::default();
         samples.batch(10, 1.0);
         samples.singles(&[0.25]);
-        samples.row(engine, precision, route.into(), set).unwrap()
+        samples.row(&Contender::unmeasurable(engine, precision, route), set).unwrap()
     }
 
     #[test]
@@ -411,6 +324,18 @@ mod tests {
         let peer = table.find(r#"["f32", "sentence-transformers", "in_process", "-", "250"]"#).expect(&table);
         let int8 = table.find(r#"["int8", "modelbroker", "lane", "250", "-"]"#).expect(&table);
         assert!(ours < peer && peer < int8, "the most exact come first: {table}");
+    }
+
+    #[test]
+    fn forced_paths_have_a_table_of_their_own() {
+        let own = row(OURS, Precision::F32, "lane", Set::Medium);
+        assert!(forced_paths(std::slice::from_ref(&own), 2).is_none());
+        let forced = Row { cpu_path: Some("avx2".into()), ..own.clone() };
+        let rows = [forced, own, row(OURS, Precision::F32, "socket", Set::Medium)];
+        let table = format!("{:?}", forced_paths(&rows, 2).unwrap());
+        assert!(table.contains(r#""avx2""#) && table.contains(r#""its own choice""#), "{table}");
+        assert!(!format!("{:?}", across(&rows, "t".into(), rate)).contains("avx2"));
+        assert!(!draw(&rows, 2).contains("avx2"));
     }
 
     #[test]
@@ -436,7 +361,6 @@ mod tests {
         };
         check(&["--only", "openvino,modelbroker", "--precisions", "bf16", "--sets", "128,prose"]).unwrap();
         assert!(check(&["--only", "torch"]).unwrap_err().to_string().contains("sentence-transformers"));
-        assert!(check(&["--precisions", "f16"]).is_err());
         assert!(check(&["--rounds", "0"]).is_err());
         assert!(check(&["--threads", "0"]).is_err());
     }

@@ -45,6 +45,11 @@ impl Samples {
         self.block.saturating_record(duration.as_nanos() as u64);
     }
 
+    /// Adds so many samples of one duration to the current block.
+    pub(crate) fn record_many(&mut self, duration: Duration, count: u64) {
+        self.block.saturating_record_n(duration.as_nanos() as u64, count);
+    }
+
     /// Ends the current block.
     pub(crate) fn end_block(&mut self) {
         if !self.block.is_empty() {
@@ -69,6 +74,13 @@ impl Samples {
             count: self.all.len(),
         })
     }
+}
+
+/// The value that so large a share of the values does not exceed (nearest rank); `None` without values. Sorts them.
+pub(crate) fn quantile(values: &mut [f64], share: f64) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let rank = (values.len() as f64 * share).ceil() as usize;
+    values.get(rank.saturating_sub(1)).copied()
 }
 
 #[cfg(test)]
@@ -100,5 +112,14 @@ mod tests {
         samples.end_block();
         samples.end_block();
         assert_eq!(samples.summary().unwrap().count, 1);
+    }
+
+    #[test]
+    fn quantiles_are_values_that_were_measured() {
+        let mut values: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        assert_eq!(quantile(&mut values, 0.5), Some(50.0));
+        assert_eq!(quantile(&mut values, 0.99), Some(99.0));
+        assert_eq!(quantile(&mut [7.0], 0.99), Some(7.0));
+        assert_eq!(quantile(&mut [], 0.5), None);
     }
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
-use worker_sdk::{AttachedModel, EmbedOptions, Model};
+use worker_sdk::{AttachedModel, Model};
 
 /// Texts that the peer computes at once: its own default.
 const PEER_BATCH: usize = 32;
@@ -132,7 +132,7 @@ fn measure(
                 name => {
                     let start = Instant::now();
                     let vectors = match name {
-                        "lane" => model.embed_with(&texts, &EmbedOptions::bulk())?,
+                        "lane" => model.embed_with(&texts, &fixture::bulk_options())?,
                         _ => attached.embed(&texts)?,
                     };
                     let seconds = start.elapsed().as_secs_f64();

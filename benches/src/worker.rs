@@ -1,6 +1,7 @@
 //! Worker processes: this program started again, doing what a user's worker does first, saying how long it took, and
 //! staying until it is told to go. What is made of it is the benches' affair.
 
+use crate::clients16::Done;
 use crate::fixture;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
@@ -49,6 +50,12 @@ pub(crate) struct Arguments {
     /// Embed so many texts before being ready.
     #[arg(long, default_value_t = 0)]
     embed: usize,
+    /// Embed the texts of this file, a JSON list, all at once, and say how that went.
+    #[arg(long, value_name = "FILE", conflicts_with = "embed")]
+    list: Option<PathBuf>,
+    /// Compute threads of an attached worker [default: the cores that may be used]
+    #[arg(long)]
+    threads: Option<usize>,
 }
 
 /// How long a worker took, in µs, each step by itself.
@@ -109,8 +116,17 @@ pub(crate) fn get_ready(mode: Mode, socket: &Path, model: &str) -> anyhow::Resul
 /// When anything fails.
 pub(crate) fn run(arguments: &Arguments, since_main: Instant) -> anyhow::Result<()> {
     set_pdeathsig(Signal::SIGKILL)?;
+    if let Some(threads) = arguments.threads {
+        engine::set_threads(threads)?;
+    }
     let (steps, ready) = get_ready(arguments.mode, &arguments.socket, &arguments.model)?;
     let since_main_us = since_main.elapsed().as_nanos() as f64 / 1e3;
+    if let Some(file) = &arguments.list {
+        let done = embed_list(file, &ready, since_main_us / 1e6)?;
+        println!("{}", serde_json::to_string(&done)?);
+        let _ = std::io::stdin().read(&mut [0])?;
+        return Ok(());
+    }
     let options = worker_sdk::EmbedOptions::default().bypass_cache(true);
     for number in 0..arguments.embed {
         let text = [format!("text {number} of a worker that is measured")];
@@ -125,6 +141,21 @@ pub(crate) fn run(arguments: &Arguments, since_main: Instant) -> anyhow::Result<
     let _ = std::io::stdin().read(&mut [0])?;
     drop(ready);
     Ok(())
+}
+
+/// Embeds all texts of a file at once.
+fn embed_list(file: &Path, ready: &Ready, ready_s: f64) -> anyhow::Result<Done> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    let texts: Vec<String> =
+        serde_json::from_str(&text).with_context(|| format!("reading {}", file.display()))?;
+    let start = Instant::now();
+    let vectors = match (&ready.attached, &ready.model) {
+        (Some(attached), _) => attached.embed(&texts)?,
+        (None, Some(model)) => model.embed_with(&texts, &fixture::bulk_options())?,
+        (None, None) => bail!("a worker that does nothing cannot embed"),
+    };
+    let first = vectors.get(0).context("no vector")?.to_vec();
+    Ok(Done { ready_s, embed_s: start.elapsed().as_secs_f64(), first })
 }
 
 /// What a worker says once it is ready.
@@ -153,6 +184,23 @@ impl Worker {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["worker", "--mode", mode.name(), "--model", model, "--embed", &embed.to_string()]);
         command.arg("--socket").arg(socket);
+        Worker::spawn(command)
+    }
+
+    /// Starts a worker that embeds the texts of a file.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub(crate) fn start_list(
+        mode: Mode,
+        socket: &Path,
+        model: &str,
+        list: &Path,
+        threads: usize,
+    ) -> anyhow::Result<Worker> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["worker", "--mode", mode.name(), "--model", model, "--threads", &threads.to_string()]);
+        command.arg("--socket").arg(socket).arg("--list").arg(list);
         Worker::spawn(command)
     }
 

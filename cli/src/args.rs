@@ -297,6 +297,9 @@ pub(crate) struct LoadArgs {
     /// Tokens of a text, about
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub(crate) tokens: usize,
+    /// Tokens of a text of a bulk request, about [default: as --tokens]
+    #[arg(long, value_name = "N")]
+    pub(crate) bulk_tokens: Option<usize>,
     /// Texts in one interactive request
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) batch: usize,
@@ -318,6 +321,9 @@ pub(crate) struct LoadArgs {
     /// Check every answer against a reference that is computed first
     #[arg(long)]
     pub(crate) verify: bool,
+    /// Send no text twice instead of a few in turn: nothing can be answered from what was computed before
+    #[arg(long, conflicts_with = "verify")]
+    pub(crate) no_repeat: bool,
     /// Seed of the texts: the same one gives the same texts
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
@@ -327,6 +333,9 @@ pub(crate) struct LoadArgs {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+    /// Add to the JSON how often each time occurred, so that several runs can be added up
+    #[arg(long, requires = "json")]
+    pub(crate) histogram: bool,
 }
 
 #[derive(Debug, Args)]

@@ -19,6 +19,39 @@ fn start_broker() -> Broker {
 }
 
 #[test]
+fn texts_can_be_new_each_time_and_bulk_texts_longer() {
+    let broker = start_broker();
+    let common =
+        ["load", "--json", "--duration", "0.5", "--threads", "2", "--bulk", "0.5", "--bulk-batch", "3"];
+    let run = |extra: &[&str]| {
+        let output = broker.run(&[&common[..], extra].concat(), b"");
+        assert_ok(&output);
+        serde_json::from_slice::<Value>(&output.stdout).expect("one JSON document")
+    };
+    let report =
+        run(&["--no-repeat", "--histogram", "--tokens", "12", "--bulk-tokens", "24", "--route", "lane"]);
+    assert_eq!((&report["settings"]["no_repeat"], &report["errors"]), (&true.into(), &0.into()));
+    for class in ["interactive", "bulk"] {
+        let class = &report[class];
+        let pairs: Vec<(u64, u64)> = serde_json::from_value(class["latency_us"].clone()).expect("pairs");
+        let count: u64 = pairs.iter().map(|(_, count)| count).sum();
+        assert!(count > 0 && class["completed"] == count, "{class}");
+    }
+    let report = run(&["--verify", "--tokens", "6", "--bulk-tokens", "20"]);
+    assert_eq!((&report["verified"], &report["max_abs_diff"]), (&true.into(), &0.0.into()));
+    assert!(report["bulk"]["latency_us"].is_null(), "only when asked for");
+
+    for (arguments, why) in [
+        (["--no-repeat", "--tokens", "6"], "--tokens must be from 12"),
+        (["--no-repeat", "--verify", "--json"], "cannot be used with"),
+    ] {
+        let output = broker.run(&[&["load"][..], &arguments].concat(), b"");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(why), "{arguments:?}: {output:?}");
+    }
+    broker.stop();
+}
+
+#[test]
 fn every_figure_is_there_and_adds_up() {
     let broker = start_broker();
     for route in ["lane", "socket"] {
@@ -59,6 +92,7 @@ fn every_figure_is_there_and_adds_up() {
                 ["p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms"].map(|name| number(&class[name]));
             assert!(quantiles[0] > 0.0 && quantiles.is_sorted(), "{quantiles:?}");
             assert!(number(&class["texts_per_s"]) > 0.0);
+            assert!(number(&class["steady_texts_per_s"]) > 0.0);
         }
         for name in ["completed", "texts"] {
             assert_eq!(number(&all[name]), number(&interactive[name]) + number(&bulk[name]), "{name}");

@@ -1,43 +1,21 @@
 //! What is compared: ways of ours and engines in Python processes, each from texts to vectors on its own clock. When each
 //! has its turn, and what is made of the figures, is not known here.
 
-use crate::python;
+use super::sets::Set;
+use crate::infinity::Connection;
 use crate::worker::Worker;
+use crate::{fixture, python};
 use anyhow::{Context, bail, ensure};
+use engine::compile::Precision;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use worker_sdk::{AttachedModel, EmbedOptions, Model};
+use worker_sdk::{AttachedModel, Model};
 
 /// Components of a vector, at most: more is no answer of an encoder.
 const MAX_DIM: usize = 1 << 14;
-
-/// What an engine computes in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Precision {
-    /// Single precision.
-    F32,
-    /// Brain floating point.
-    Bf16,
-    /// Products of eight-bit integers.
-    Int8,
-}
-
-impl Precision {
-    /// Every precision, the most exact first.
-    pub(crate) const ALL: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Int8];
-
-    /// Its name in results, for scripts, and at the end of a model's name.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-            Precision::Int8 => "int8",
-        }
-    }
-}
 
 /// Engines in Python processes with the precisions that each is measured in.
 pub(crate) const PEERS: [(&str, Precision); 8] = [
@@ -60,6 +38,10 @@ pub(crate) const ORT: &str = "onnxruntime";
 pub(crate) const OPENVINO: &str = "openvino";
 /// fastembed, which runs ONNX Runtime.
 pub(crate) const FASTEMBED: &str = "fastembed";
+/// The server infinity.
+pub(crate) const INFINITY: &str = "infinity";
+/// Stock candle.
+pub(crate) const CANDLE: &str = "candle";
 
 /// Vectors of one length.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -70,15 +52,30 @@ pub(crate) struct Vectors {
     pub(crate) values: Vec<f32>,
 }
 
+impl Vectors {
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.values.len().checked_div(self.dim).unwrap_or(0)
+    }
+
+    /// The first `count` of them, or all if there are fewer.
+    pub(crate) fn first(&self, count: usize) -> Vectors {
+        let end = (count * self.dim).min(self.values.len());
+        Vectors { dim: self.dim, values: self.values[..end].to_vec() }
+    }
+}
+
 /// A way of getting vectors.
 #[derive(Debug)]
 pub(crate) enum Way {
-    /// Computed by the engine, through a lane.
-    Lane(Model),
+    /// Computed by the engine of a broker, by the route that the model has.
+    Broker(Model),
     /// Computed in this process on the attached model.
     Attached(AttachedModel),
     /// Computed by a process of the list.
     Process(usize),
+    /// Computed by a server, asked over HTTP.
+    Http(Connection),
 }
 
 /// One way with its name.
@@ -90,11 +87,32 @@ pub(crate) struct Contender {
     pub(crate) precision: Precision,
     /// How it is reached or set.
     pub(crate) route: String,
+    /// The CPU path that it is kept to.
+    pub(crate) cpu_path: Option<String>,
+    /// It is measured on this set only.
+    pub(crate) only: Option<Set>,
     /// How to ask it.
     pub(crate) way: Way,
 }
 
 impl Contender {
+    /// Whether it is measured on a set.
+    pub(crate) fn takes(&self, set: Set) -> bool {
+        self.only.is_none_or(|only| only == set)
+    }
+
+    /// Its name in messages.
+    pub(crate) fn name(&self) -> String {
+        format!("{} {} {}", self.engine, self.precision.name(), self.route)
+    }
+
+    /// One that cannot be asked, for tests of what is made of figures.
+    #[cfg(test)]
+    pub(crate) fn unmeasurable(engine: &'static str, precision: Precision, route: &str) -> Contender {
+        let way = Way::Process(usize::MAX);
+        Contender { engine, precision, route: route.into(), cpu_path: None, only: None, way }
+    }
+
     /// Seconds for all texts at once, and their vectors.
     ///
     /// # Errors
@@ -102,9 +120,13 @@ impl Contender {
     pub(crate) fn batch(&self, processes: &mut [Peer], texts: &[String]) -> anyhow::Result<(f64, Vectors)> {
         let start = Instant::now();
         let embeddings = match &self.way {
-            Way::Lane(model) => model.embed_with(texts, &EmbedOptions::bulk())?,
+            Way::Broker(model) => model.embed_with(texts, &fixture::bulk_options())?,
             Way::Attached(model) => model.embed(texts)?,
             Way::Process(number) => return process(processes, *number)?.batch(&self.route, texts),
+            Way::Http(connection) => {
+                let vectors = connection.embed(texts)?;
+                return Ok((start.elapsed().as_secs_f64(), vectors));
+            }
         };
         let seconds = start.elapsed().as_secs_f64();
         Ok((seconds, Vectors { dim: embeddings.dim(), values: embeddings.into_values() }))
@@ -121,13 +143,14 @@ impl Contender {
         let mut seconds = Vec::with_capacity(texts.len());
         for text in texts.chunks(1) {
             let start = Instant::now();
-            let embeddings = match &self.way {
-                Way::Lane(model) => model.embed(text)?,
-                Way::Attached(model) => model.embed(text)?,
+            let count = match &self.way {
+                Way::Broker(model) => model.embed_with(text, &fixture::single_options())?.len(),
+                Way::Attached(model) => model.embed(text)?.len(),
+                Way::Http(connection) => connection.embed(text)?.len(),
                 Way::Process(_) => bail!("a process was asked twice"),
             };
             seconds.push(start.elapsed().as_secs_f64());
-            ensure!(embeddings.len() == 1, "{} vectors for one text", embeddings.len());
+            ensure!(count == 1, "{count} vectors for one text");
         }
         Ok(seconds)
     }
@@ -167,7 +190,7 @@ enum Hello {
     Unavailable { unavailable: String },
 }
 
-/// An engine in a Python process.
+/// An engine in a process of its own.
 #[derive(Debug)]
 pub(crate) struct Peer {
     /// The engine.
@@ -192,7 +215,12 @@ impl Peer {
         let made = made.folder.to_str().context("the cache folder's name is not UTF-8")?;
         let arguments = [engine, precision.name(), model, made, &threads.to_string()];
         let process = python::start(python, "peer_serve.py", &arguments, threads)?;
-        Ok(Peer { engine, precision, process })
+        Ok(Peer::of(engine, precision, process))
+    }
+
+    /// An engine in a process that speaks as `peer_serve.py` does.
+    pub(crate) fn of(engine: &'static str, precision: Precision, process: Worker) -> Peer {
+        Peer { engine, precision, process }
     }
 
     /// Waits until it is ready: its routes and its versions.
@@ -269,6 +297,14 @@ mod tests {
         assert!(floats("0000803").is_none());
         assert!(floats("0000803g").is_none());
         assert!(floats("+000803f").is_none());
+    }
+
+    #[test]
+    fn vectors_are_counted_and_cut() {
+        let vectors = Vectors { dim: 2, values: vec![1.0, 2.0, 3.0, 4.0] };
+        assert_eq!((vectors.len(), Vectors::default().len()), (2, 0));
+        assert_eq!(vectors.first(1).values, [1.0, 2.0]);
+        assert_eq!(vectors.first(9), vectors);
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! The machine's GEMM peak, measured by libraries in a Python process, and what it allows a model. No engine is run here.
 
-use super::contenders::Precision;
 use crate::python;
 use crate::worker::Worker;
 use anyhow::{Context, ensure};
+use engine::compile::Precision;
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;

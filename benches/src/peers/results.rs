@@ -1,10 +1,12 @@
 //! Samples of one engine on one set, what is said of them, and how they compare. Nothing is measured here.
 
-use super::contenders::{OPENVINO, ORT, OURS, Precision, ST, Vectors};
+use super::contenders::{Contender, OPENVINO, ORT, OURS, ST, Vectors};
 use super::sets::Set;
 use crate::lane::Rates;
 use crate::report::rounded;
+use crate::samples::quantile;
 use anyhow::ensure;
+use engine::compile::Precision;
 use serde_json::{Value, json};
 
 /// How near vectors are to the reference's.
@@ -90,17 +92,12 @@ impl Samples {
     }
 
     /// `None` without batches or single texts.
-    pub(crate) fn row(
-        mut self,
-        engine: &'static str,
-        precision: Precision,
-        route: String,
-        set: Set,
-    ) -> Option<Row> {
+    pub(crate) fn row(mut self, contender: &Contender, set: Set) -> Option<Row> {
         Some(Row {
-            engine,
-            precision,
-            route,
+            engine: contender.engine,
+            precision: contender.precision,
+            route: contender.route.clone(),
+            cpu_path: contender.cpu_path.clone(),
             set,
             rates: Rates::of(self.rates)?,
             p50_ms: quantile(&mut self.block_p50_ms, 0.5)?,
@@ -108,13 +105,6 @@ impl Samples {
             nearness: self.nearness,
         })
     }
-}
-
-/// The value that so large a share of the values does not exceed (nearest rank); `None` without values.
-fn quantile(values: &mut [f64], share: f64) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let rank = (values.len() as f64 * share).ceil() as usize;
-    values.get(rank.saturating_sub(1)).copied()
 }
 
 /// A result: one engine, one set.
@@ -126,6 +116,8 @@ pub(crate) struct Row {
     pub(crate) precision: Precision,
     /// How it is reached or set.
     pub(crate) route: String,
+    /// The path that it was kept to.
+    pub(crate) cpu_path: Option<String>,
     /// The texts.
     pub(crate) set: Set,
     /// Texts a second, all at once.
@@ -149,6 +141,7 @@ impl Row {
             "threads": threads,
             "set": self.set.name(),
             "route": self.route,
+            "cpu_path": self.cpu_path,
             "texts_per_s": rounded(self.rates.median),
             "texts_per_s_spread": [rounded(self.rates.low), rounded(self.rates.high)],
             "p50_ms": rounded(self.p50_ms),
@@ -176,7 +169,7 @@ impl Rows<'_> {
     }
 
     fn lane(&self, precision: Precision, set: Set) -> Option<&Row> {
-        self.of(&[OURS], precision, set).find(|row| row.route == "lane")
+        self.of(&[OURS], precision, set).find(|row| row.route == "lane" && row.cpu_path.is_none())
     }
 
     fn lane_rate(&self, precision: Precision, set: Set) -> Option<f64> {
@@ -274,7 +267,7 @@ mod tests {
         let mut samples = Samples::default();
         samples.batch(100, 100.0 / rate);
         samples.singles(&[1.0 / rate; 3]);
-        samples.row(engine, precision, route.into(), set).unwrap()
+        samples.row(&Contender::unmeasurable(engine, precision, route), set).unwrap()
     }
 
     fn goal(rows: &[Row], peak: Option<f64>, what: &str) -> (Option<f64>, f64) {
@@ -335,12 +328,8 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_values_that_were_measured() {
-        let mut values: Vec<f64> = (1..=100).rev().map(f64::from).collect();
-        assert_eq!(quantile(&mut values, 0.5), Some(50.0));
-        assert_eq!(quantile(&mut values, 0.99), Some(99.0));
-        assert_eq!(quantile(&mut [7.0], 0.99), Some(7.0));
-        assert_eq!(quantile(&mut [], 0.5), None);
-        assert!(Samples::default().row(OURS, Precision::F32, "lane".into(), Set::Mix).is_none());
+    fn there_is_no_row_without_samples() {
+        let ours = Contender::unmeasurable(OURS, Precision::F32, "lane");
+        assert!(Samples::default().row(&ours, Set::Mix).is_none());
     }
 }

@@ -178,6 +178,11 @@ impl Passages {
         (!starts.is_empty()).then_some(Passages { documents, starts, stride, drawn: 0 })
     }
 
+    /// Every sentence of all documents.
+    pub(crate) fn sentences(&self) -> impl Iterator<Item = String> {
+        self.documents.iter().flatten().cloned()
+    }
+
     /// The next passage; they begin to come again after 8 for each sentence that one can begin with.
     pub(crate) fn next(&mut self) -> String {
         let (pass, within) = (self.drawn / self.starts.len(), self.drawn % self.starts.len());

@@ -47,11 +47,21 @@ pub(super) fn run(socket: Option<PathBuf>, args: &LoadArgs) -> Result<(), Failur
     let threads = args.clients * args.threads;
     let count = MIN_TEXTS.max(threads * MIN_TEXTS_A_THREAD).min(texts::MAX_TEXTS);
     let texts = texts::make(args.seed, count, args.tokens);
+    let bulk_texts = match args.bulk_tokens {
+        Some(tokens) if tokens != args.tokens => texts::make(args.seed, count, tokens),
+        _ => Vec::new(),
+    };
     let (_file, reference) = match args.verify {
-        true => make_reference(&model, &texts, args, &interrupt).map(|(file, r)| (Some(file), Some(r)))?,
+        true => {
+            let all: Vec<&String> = texts.iter().chain(&bulk_texts).collect();
+            make_reference(&model, &all, args, &interrupt).map(|(file, r)| (Some(file), Some(r)))?
+        }
         false => (None, None),
     };
-    let dealt = plan::deal(threads, args.bulk, args.batch, args.bulk_batch, &texts);
+    let mut dealt = plan::deal(threads, args.bulk, args.batch, args.bulk_batch, &texts, &bulk_texts);
+    if args.no_repeat {
+        plan::make_fresh(&mut dealt, args.seed, args.tokens, args.bulk_tokens.unwrap_or(args.tokens));
+    }
     let model_id = model.description()?.model_id.clone();
     let mut run = Run::start(args.clients, client.socket())?;
     for (process, threads) in run.processes.iter_mut().zip(dealt.chunks(args.threads)) {
@@ -79,11 +89,18 @@ fn millis(seconds: f64) -> u64 {
 }
 
 fn check(args: &LoadArgs) -> Result<(), Failure> {
+    let least_tokens = if args.no_repeat { texts::MIN_FRESH_TOKENS } else { texts::MIN_TOKENS } as f64;
     let bounds = [
         ("clients", args.clients as f64, 1.0, MAX_CLIENTS as f64),
         ("threads", args.threads as f64, 1.0, MAX_THREADS as f64),
         ("duration", args.duration, 0.0, MAX_DURATION_S),
-        ("tokens", args.tokens as f64, texts::MIN_TOKENS as f64, texts::MAX_TOKENS as f64),
+        ("tokens", args.tokens as f64, least_tokens, texts::MAX_TOKENS as f64),
+        (
+            "bulk-tokens",
+            args.bulk_tokens.unwrap_or(args.tokens) as f64,
+            least_tokens,
+            texts::MAX_TOKENS as f64,
+        ),
         ("batch", args.batch as f64, 1.0, MAX_BATCH as f64),
         ("bulk", args.bulk, 0.0, 1.0),
         ("bulk-batch", args.bulk_batch as f64, 1.0, MAX_BATCH as f64),
@@ -107,7 +124,7 @@ fn check(args: &LoadArgs) -> Result<(), Failure> {
 /// Computes each text by itself, while nothing else is asked, and writes the vectors into a file that ends with the run.
 fn make_reference(
     model: &Model,
-    texts: &[String],
+    texts: &[&String],
     args: &LoadArgs,
     interrupt: &Interrupt,
 ) -> Result<(NamedTempFile, Reference), Failure> {

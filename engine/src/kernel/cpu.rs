@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 /// Forces a path at or below what the CPU has: `amx`, `avx512-vnni`, `avx512`, `avx2` or `portable`.
-pub(crate) const CPU_PATH_VARIABLE: &str = "MODELBROKER_CPU_PATH";
+pub const CPU_PATH_VARIABLE: &str = "MODELBROKER_CPU_PATH";
 
 /// The code path that kernels take. Each has everything that the ones below it have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -25,8 +25,8 @@ mod vector;
 mod weights;
 
 pub(crate) use attention::AttentionShape;
-pub use cpu::has_native_bf16;
 pub(crate) use cpu::path_name;
+pub use cpu::{CPU_PATH_VARIABLE, has_native_bf16};
 pub(crate) use encoder::{
     Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, encode,
     release_all_scratch,

@@ -2,10 +2,12 @@
 //! plan's; adding up is `report`'s.
 
 use super::plan::{ClientLine, ClientResult, Plan, Reference, TOLERANCE, ThreadPlan};
+use super::texts;
 use crate::args::RouteArg;
 use crate::commands::worker::{read_plan, say, wait_for_end_of_stdin};
 use crate::failure::{Exit, Failure};
 use hdrhistogram::Histogram;
+use std::borrow::Cow;
 use std::io::BufRead;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -92,6 +94,7 @@ struct Tally {
     counts: ClientResult,
     completed: u64,
     texts: u64,
+    texts_in_time: f64,
 }
 
 impl Thread {
@@ -103,6 +106,7 @@ impl Thread {
             counts: ClientResult::default(),
             completed: 0,
             texts: 0,
+            texts_in_time: 0.0,
         };
         Thread {
             plan: plan.clone(),
@@ -120,17 +124,22 @@ impl Thread {
             EmbedOptions::default().priority(priority).timeout(self.timeout).bypass_cache(!self.cached);
         let mut before: Option<Vec<usize>> = None;
         let mut first = 0;
+        let mut fresh = self.plan.fresh.map(|fresh| texts::Fresh::new(fresh.seed, fresh.tokens));
         while Instant::now() < end && !stop.load(Ordering::Relaxed) {
-            let (rows, texts) = self.request(first);
+            let (rows, texts) = match &mut fresh {
+                Some(fresh) => (Vec::new(), (0..self.plan.batch).map(|_| Cow::Owned(fresh.next())).collect()),
+                None => self.request(first),
+            };
             first += 1;
             self.with_tally(|tally| tally.submitted += 1);
             let begun = Instant::now();
             let outcome = self.model.submit(&texts, &options).and_then(worker_sdk::Job::wait);
             let took = begun.elapsed();
+            let in_time = share_before(end.saturating_duration_since(begun), took);
             let failed = outcome.is_err();
             self.with_tally(|tally| match outcome {
                 Ok(answer) => {
-                    tally.answered(took, texts.len());
+                    tally.answered(took, texts.len(), in_time);
                     if let Some(checker) = &self.checker {
                         tally.judged(&checker.judge(&answer, &rows, before.as_deref()));
                     }
@@ -148,11 +157,11 @@ impl Thread {
     }
 
     /// Request number `number`: rows of the reference and texts. Consecutive requests begin with different texts.
-    fn request(&self, number: usize) -> (Vec<usize>, Vec<&str>) {
+    fn request(&self, number: usize) -> (Vec<usize>, Vec<Cow<'_, str>>) {
         let own = &self.plan.texts;
         (0..self.plan.batch)
             .map(|offset| &own[(number + offset) % own.len()])
-            .map(|(r, t)| (*r, t.as_str()))
+            .map(|(r, t)| (*r, Cow::Borrowed(t.as_str())))
             .unzip()
     }
 
@@ -162,9 +171,11 @@ impl Thread {
 }
 
 impl Tally {
-    fn answered(&mut self, took: Duration, texts: usize) {
+    /// `in_time` is the share of the request that lay before the end of the run.
+    fn answered(&mut self, took: Duration, texts: usize, in_time: f64) {
         self.completed += 1;
         self.texts += texts as u64;
+        self.texts_in_time += texts as f64 * in_time;
         self.latency_us.saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
     }
 
@@ -189,10 +200,16 @@ impl Tally {
         let class = if self.bulk { &mut all.bulk } else { &mut all.interactive };
         class.completed += self.completed;
         class.texts += self.texts;
+        class.texts_in_time += self.texts_in_time;
         class.latency_us.extend(
             self.latency_us.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value())),
         );
     }
+}
+
+/// The share of a request that took `took` and began so long before the end which lay before the end.
+fn share_before(left: Duration, took: Duration) -> f64 {
+    if took <= left { 1.0 } else { left.as_secs_f64() / took.as_secs_f64() }
 }
 
 /// An empty histogram of times in µs.
@@ -285,6 +302,15 @@ mod tests {
     }
 
     #[test]
+    fn requests_beyond_the_end_count_by_their_share() {
+        let ms = Duration::from_millis;
+        assert_eq!(share_before(ms(5), ms(5)), 1.0);
+        assert_eq!(share_before(ms(0), ms(0)), 1.0);
+        assert_eq!(share_before(ms(0), ms(5)), 0.0);
+        assert!((share_before(ms(1), ms(4)) - 0.25).abs() < 1e-9);
+    }
+
+    #[test]
     fn what_has_not_come_back_is_lost() {
         let mut tally = Tally {
             bulk: true,
@@ -293,13 +319,15 @@ mod tests {
             counts: ClientResult::default(),
             completed: 0,
             texts: 0,
+            texts_in_time: 0.0,
         };
-        tally.answered(Duration::from_millis(3), 32);
-        tally.answered(Duration::from_secs(100_000), 32);
+        tally.answered(Duration::from_millis(3), 32, 1.0);
+        tally.answered(Duration::from_secs(100_000), 32, 0.25);
         tally.counts.errors.insert("OVERLOADED".into(), 2);
         let mut all = ClientResult::default();
         tally.add_to(&mut all);
         assert_eq!((all.submitted, all.completed(), all.error_count(), all.lost), (5, 2, 2, 1));
+        assert!((all.bulk.texts_in_time - 40.0).abs() < 1e-9);
         assert_eq!((all.bulk.texts, all.bulk.latency_us.len(), all.interactive.completed), (64, 2, 0));
     }
 }

@@ -26,21 +26,37 @@ struct Sum {
     completed: u64,
     texts: u64,
     texts_per_s: f64,
+    /// Within the time that the load was to last. At its end some requests are under way, and the machine gets idle
+    /// while they end: over short runs the plain rate says less.
+    steady_texts_per_s: f64,
     latency_us: Histogram<u64>,
 }
 
 impl Sum {
-    fn of<'a>(classes: impl Iterator<Item = &'a Class>, elapsed_s: f64) -> Sum {
-        let mut sum = Sum { completed: 0, texts: 0, texts_per_s: 0.0, latency_us: new_histogram() };
+    fn of<'a>(classes: impl Iterator<Item = &'a Class>, elapsed_s: f64, duration_s: f64) -> Sum {
+        let mut sum = Sum {
+            completed: 0,
+            texts: 0,
+            texts_per_s: 0.0,
+            steady_texts_per_s: 0.0,
+            latency_us: new_histogram(),
+        };
+        let mut in_time = 0.0;
         for class in classes {
             sum.completed += class.completed;
             sum.texts += class.texts;
+            in_time += class.texts_in_time;
             for (value, count) in &class.latency_us {
                 sum.latency_us.saturating_record_n(*value, *count);
             }
         }
         if elapsed_s > 0.0 {
             sum.texts_per_s = sum.texts as f64 / elapsed_s;
+        }
+        // Less when it was ended early.
+        let lasted_s = elapsed_s.min(duration_s);
+        if lasted_s > 0.0 {
+            sum.steady_texts_per_s = in_time / lasted_s;
         }
         sum
     }
@@ -55,6 +71,7 @@ impl Sum {
             ("completed", json!(self.completed)),
             ("texts", json!(self.texts)),
             ("texts_per_s", json!((self.texts_per_s * 10.0).round() / 10.0)),
+            ("steady_texts_per_s", json!((self.steady_texts_per_s * 10.0).round() / 10.0)),
             ("p50_ms", json!(self.ms(0.5))),
             ("p90_ms", json!(self.ms(0.9))),
             ("p99_ms", json!(self.ms(0.99))),
@@ -64,9 +81,15 @@ impl Sum {
         object.extend(figures.map(|(name, value)| (name.to_owned(), value)));
     }
 
-    fn json(&self) -> Value {
+    /// With `histogram`, also how often each time occurred, in µs.
+    fn json(&self, histogram: bool) -> Value {
         let mut object = serde_json::Map::new();
         self.add_to(&mut object);
+        if histogram {
+            let steps = self.latency_us.iter_recorded();
+            let pairs: Vec<_> = steps.map(|step| (step.value_iterated_to(), step.count_at_value())).collect();
+            object.insert("latency_us".to_owned(), json!(pairs));
+        }
         object.into()
     }
 }
@@ -92,21 +115,21 @@ impl Outcome {
         self.clients.iter().map(|client| client.max_abs_diff).fold(0.0, f32::max)
     }
 
-    fn sums(&self) -> [Sum; 3] {
+    fn sums(&self, args: &LoadArgs) -> [Sum; 3] {
         let elapsed_s = self.elapsed_s();
         let interactive: fn(&ClientResult) -> &Class = |c| &c.interactive;
         let bulk: fn(&ClientResult) -> &Class = |c| &c.bulk;
         let of = |class: fn(&ClientResult) -> &Class| self.clients.iter().map(class);
         [
-            Sum::of(of(interactive).chain(of(bulk)), elapsed_s),
-            Sum::of(of(interactive), elapsed_s),
-            Sum::of(of(bulk), elapsed_s),
+            Sum::of(of(interactive).chain(of(bulk)), elapsed_s, args.duration),
+            Sum::of(of(interactive), elapsed_s, args.duration),
+            Sum::of(of(bulk), elapsed_s, args.duration),
         ]
     }
 
     /// The stable JSON form; documented in `docs/operations.md`.
     pub(crate) fn json(&self, args: &LoadArgs) -> Value {
-        let [all, interactive, bulk] = self.sums();
+        let [all, interactive, bulk] = self.sums(args);
         let mut object = serde_json::Map::new();
         all.add_to(&mut object);
         let rest = [
@@ -121,8 +144,8 @@ impl Outcome {
             ("max_abs_diff", json!(args.verify.then(|| self.max_abs_diff()))),
             ("elapsed_s", json!(self.elapsed_s())),
             ("interrupted", json!(self.interrupted)),
-            ("interactive", interactive.json()),
-            ("bulk", bulk.json()),
+            ("interactive", interactive.json(args.histogram)),
+            ("bulk", bulk.json(args.histogram)),
             ("clients_killed", json!(self.killed.len())),
             ("clients_failed", json!(self.failed.len())),
             ("clients", self.clients.iter().map(client_json).collect()),
@@ -134,7 +157,7 @@ impl Outcome {
 
     /// Prints a table.
     pub(crate) fn print(&self, args: &LoadArgs) {
-        let [all, interactive, bulk] = self.sums();
+        let [all, interactive, bulk] = self.sums(args);
         println!(
             "{} processes x {} threads, texts of {} tokens, {} route, {:.1} s",
             args.clients,
@@ -223,11 +246,13 @@ fn settings_json(args: &LoadArgs) -> Value {
         "threads": args.threads,
         "duration_s": args.duration,
         "tokens": args.tokens,
+        "bulk_tokens": args.bulk_tokens.unwrap_or(args.tokens),
         "batch": args.batch,
         "bulk": args.bulk,
         "bulk_batch": args.bulk_batch,
         "timeout_s": args.timeout,
         "route": route_name(args.route),
+        "no_repeat": args.no_repeat,
         "seed": args.seed,
     })
 }

@@ -2,6 +2,8 @@
 
 /// Fewest tokens of a text: two special tokens and the two words that make it different from all others.
 pub(crate) const MIN_TOKENS: usize = 4;
+/// Fewest tokens of a text that is made on the way: its words are drawn from so many that none comes twice.
+pub(crate) const MIN_FRESH_TOKENS: usize = 12;
 /// Most tokens of a text; every model cuts far below.
 pub(crate) const MAX_TOKENS: usize = 32_768;
 /// Most texts of a load: as many as two words can tell apart.
@@ -147,10 +149,44 @@ struct Random(u64);
 impl Random {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        mixed(self.0)
+    }
+
+    fn word(&mut self) -> &'static str {
+        WORDS[(self.next() % WORDS.len() as u64) as usize]
+    }
+}
+
+/// The mixing step of splitmix64: other numbers give numbers without any relation.
+pub(crate) fn mixed(number: u64) -> u64 {
+    let mut z = number;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// Makes texts one by one, as many as are wanted. Ten words or more are drawn for each: 70 bits, so none comes twice.
+pub(crate) struct Fresh {
+    random: Random,
+    words: usize,
+}
+
+impl Fresh {
+    /// Texts of about `tokens` tokens, [`MIN_FRESH_TOKENS`] at least.
+    pub(crate) fn new(seed: u64, tokens: usize) -> Fresh {
+        Fresh { random: Random(seed), words: tokens.clamp(MIN_FRESH_TOKENS, MAX_TOKENS) - SPECIAL_TOKENS }
+    }
+
+    /// The next text.
+    pub(crate) fn next(&mut self) -> String {
+        let mut text = String::with_capacity(self.words * 8);
+        for word in 0..self.words {
+            if word > 0 {
+                text.push(' ');
+            }
+            text.push_str(self.random.word());
+        }
+        text
     }
 }
 
@@ -164,7 +200,7 @@ pub(crate) fn make(seed: u64, count: usize, tokens: usize) -> Vec<String> {
             let mut text = format!("{} {}", WORDS[number / 64], WORDS[number % 64]);
             for _ in 2..words {
                 text.push(' ');
-                text.push_str(WORDS[(random.next() % WORDS.len() as u64) as usize]);
+                text.push_str(random.word());
             }
             text
         })
@@ -186,5 +222,18 @@ mod tests {
         }
         assert_eq!(make(1, 9, 20), make(1, 9, 20));
         assert_ne!(make(1, 9, 20), make(2, 9, 20));
+    }
+
+    #[test]
+    fn fresh_texts_never_come_again() {
+        let mut seen = HashSet::new();
+        for seed in 0..4 {
+            let mut fresh = Fresh::new(mixed(seed), 0);
+            for _ in 0..10_000 {
+                let text = fresh.next();
+                assert_eq!(text.split(' ').count(), MIN_FRESH_TOKENS - SPECIAL_TOKENS);
+                assert!(seen.insert(text));
+            }
+        }
     }
 }
