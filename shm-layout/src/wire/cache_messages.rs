@@ -1,6 +1,6 @@
 //! What the messages say about vector caches. Plain data; the order of fields is the encoding: append, never reorder.
 
-use bincode::{Decode, Encode};
+use super::{Decode, Encode};
 
 /// A vector cache as its readers are told of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
