@@ -37,6 +37,7 @@ struct Row {
     tokens: usize,
     cached: Summary,
     computed: Summary,
+    missed: Summary,
 }
 
 /// Runs the bench.
@@ -65,7 +66,7 @@ fn measure(arguments: &Arguments, model: &Model, tokens: usize) -> anyhow::Resul
         }
     }
     let fresh = EmbedOptions::default().bypass_cache(true);
-    let (mut cached, mut computed) = (Samples::new(), Samples::new());
+    let (mut cached, mut computed, mut missed) = (Samples::new(), Samples::new(), Samples::new());
     for _ in 0..arguments.rounds {
         for text in texts.iter().cycle().take(CACHED_BLOCK) {
             let start = Instant::now();
@@ -81,11 +82,19 @@ fn measure(arguments: &Arguments, model: &Model, tokens: usize) -> anyhow::Resul
             ensure!(!vectors.cached()[0], "a text was found that should have been computed");
         }
         computed.end_block();
+        for _ in 0..COMPUTED_BLOCK {
+            let text = [source.next()];
+            let start = Instant::now();
+            model.embed(&text)?;
+            missed.record(start.elapsed());
+        }
+        missed.end_block();
     }
     Ok(Row {
         tokens,
         cached: cached.summary().context("no rounds")?,
         computed: computed.summary().context("no rounds")?,
+        missed: missed.summary().context("no rounds")?,
     })
 }
 
@@ -96,8 +105,11 @@ fn report(rows: &[Row]) -> Report {
     for row in rows {
         let mut figure = serde_json::Map::new();
         figure.insert("tokens".into(), row.tokens.into());
-        for (name, s) in [("from the cache", row.cached), ("computed", row.computed)] {
-            let key = if name == "computed" { name } else { "cached" };
+        for (key, name, s) in [
+            ("cached", "from the cache", row.cached),
+            ("computed", "computed, cache bypassed", row.computed),
+            ("missed", "looked up in vain, computed, kept", row.missed),
+        ] {
             figure.insert(format!("{key}_p50_us"), rounded(s.p50_us).into());
             figure.insert(format!("{key}_p99_us"), rounded(s.p99_us).into());
             let spread = format!("{}-{}", short(s.spread_us.0), short(s.spread_us.1));

@@ -3,12 +3,14 @@
 //!
 //! A frame is a head of [`HEAD_BYTES`] bytes and a body. Descriptors that belong to a frame travel with its first byte.
 
+mod cache_messages;
 mod codec;
 mod head;
 mod messages;
 
 pub use bincode::{Decode, Encode};
 
+pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
 pub use codec::{CodecError, FrameBuffer, decode_body, encode_frame};
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;

@@ -170,11 +170,11 @@ struct Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = (1..40u64, any::<u64>(), 0..60u64, any::<bool>(), 0..10u64)
         .prop_map(|(low, high, ttl_ns, is_bulk, wait_ns)| Step { low, high, ttl_ns, is_bulk, wait_ns });
-    proptest::collection::vec(step, 1..200)
+    proptest::collection::vec(step, 1..if cfg!(miri) { 20 } else { 200 })
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 128 }, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 128 }, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Against a map: nothing is found that was not put in or has expired, nothing found is wrong, the bound holds, and
     /// what was put in last is found.

@@ -152,9 +152,9 @@ fn codes() -> String {
     out
 }
 
-/// Every type of messages.rs that is encoded, field by field in the order of its encoding.
+/// Every type of messages.rs and cache_messages.rs that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    let text = source("shm-layout/src/wire/messages.rs");
+    let text = source("shm-layout/src/wire/messages.rs") + &source("shm-layout/src/wire/cache_messages.rs");
     let encoded = |name: &str| {
         let at = text.find(&format!(" {name} {{\n")).expect("the type is there");
         let before = &text[..at];
