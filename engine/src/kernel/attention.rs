@@ -76,7 +76,8 @@ pub(super) fn release_scratch() {
 }
 
 /// This member's heads of `context[t] = softmax(q[t] · kᵀ / √d) · v` inside each sequence. `qkv` is `[tokens, 3 * hidden_dim]`
-/// with queries, keys and values side by side, f32 or bf16 as `precision` says; sequences count from `first_token`.
+/// with queries, keys and values side by side, f32 or bf16 as `precision` says; sequences count from `first_token`. `between` is
+/// called after each head.
 ///
 /// # Safety
 /// Sequences must be disjoint and, less `first_token`, lie inside both places, with [`TILE_ROWS`] readable rows behind the last
@@ -90,6 +91,7 @@ pub(super) unsafe fn attention(
     first_token: usize,
     shape: AttentionShape,
     precision: Precision,
+    between: &dyn Fn(),
 ) {
     for task in member.tasks(sequences.len() * shape.head_count) {
         let sequence = &sequences[task / shape.head_count];
@@ -104,6 +106,7 @@ pub(super) unsafe fn attention(
                 _ => head.in_f32(),
             }
         }
+        between();
     }
 }
 
@@ -371,10 +374,10 @@ mod tests {
         super::super::team::with_team(threads, |member| {
             // SAFETY: all places are borrowed for this call only; sequences lie inside.
             unsafe {
-                attention(member, Context::Float(place), words, sequences, first, shape, precision);
+                attention(member, Context::Float(place), words, sequences, first, shape, precision, &|| {});
                 if precision == Precision::Bf16 {
                     let narrow = Context::Narrow(halves, width);
-                    attention(member, narrow, words, sequences, first, shape, precision);
+                    attention(member, narrow, words, sequences, first, shape, precision, &|| {});
                 }
             };
         });
