@@ -1,6 +1,6 @@
 //! The layers, step by step, for texts that one team has. Every step writes rows or columns that belong to one member.
 
-use super::super::attention::{Context, attention};
+use super::super::attention::{Context, Sequences, attention};
 #[cfg(target_arch = "x86_64")]
 use super::super::avx512::{finish_in_f32, finish_narrowly, quantize_in_512, scale_narrowly};
 use super::super::cpu::{CpuPath, path};
@@ -78,8 +78,7 @@ impl Group<'_> {
                     member,
                     context,
                     scratch.qkv,
-                    self.sequences,
-                    self.first_token,
+                    Sequences { all: self.sequences, first_token: self.first_token },
                     self.encoder.shape,
                     attention_precision,
                     &|| self.take_a_break(member),

@@ -112,7 +112,7 @@ mod tests {
         assert_eq!(counts(&[128, 128], 2), (2, 2..2));
         assert_eq!(counts(&[128, 128, 128], 2), (2, 2..3));
         assert_eq!(counts(&[256; 16], 1), (16, 16..16));
-        assert_eq!(counts(&[16; 256], 2), (22, 256..256));
+        assert_eq!(counts(&[16; 256], 2), (20, 256..256));
         let (groups, shared) = deal(&packed(&[128; 11]), 2);
         assert_eq!((busiest(&groups, &packed(&[128; 11]), 2), shared), (5 * 128, 10..11));
     }
