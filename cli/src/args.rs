@@ -140,6 +140,14 @@ pub(crate) struct ServeArgs {
         default_value_t = broker::DEFAULT_CACHE_TTL.as_secs()
     )]
     pub(crate) cache_ttl: u64,
+    /// Keep the caches' vectors in files in the cache folder, over restarts
+    #[arg(
+        long,
+        env = "MODELBROKER_CACHE_PERSIST",
+        hide_env_values = true,
+        value_parser = clap::builder::BoolishValueParser::new()
+    )]
+    pub(crate) cache_persist: bool,
     /// Leave the engine readable for this user's other processes, so that its memory can be counted
     #[arg(long, hide = true)]
     pub(crate) inspectable: bool,
@@ -365,6 +373,9 @@ pub(crate) struct EngineArgs {
     /// Leave this process readable for debuggers and this user's other processes
     #[arg(long)]
     pub(crate) inspectable: bool,
+    /// Folder in which caches are kept over restarts
+    #[arg(long, value_name = "DIR")]
+    pub(crate) vectors_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

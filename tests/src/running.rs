@@ -158,11 +158,12 @@ impl Broker {
         run_program(Some(&self.socket()), arguments, input)
     }
 
-    /// Asks it to leave, as a service manager does, and checks that nothing stays: no process, no socket, no lock.
+    /// Asks it to leave, as a service manager does, and checks that nothing stays: no process, no socket, no lock. Gives
+    /// what it logged.
     ///
     /// # Panics
     /// When something stays, or it does not leave.
-    pub fn stop(mut self) {
+    pub fn stop(mut self) -> String {
         let engine = self.engine_pid();
         kill(self.pid(), Signal::SIGTERM).expect("the broker is alive");
         let status = self.wait();
@@ -175,6 +176,7 @@ impl Broker {
             .filter(|name| name != "broker.log" && !name.to_string_lossy().starts_with("test-"))
             .collect();
         assert!(left.is_empty(), "left in the run folder: {left:?}");
+        self.log()
     }
 
     /// Kills it on the spot and waits until it is gone; gives its folder back, with what a killed broker leaves.
