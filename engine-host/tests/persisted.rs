@@ -18,6 +18,7 @@ use shm_os::process::monotonic_ns;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use tempfile::TempDir;
 
 /// Time to live of this test's broker, in ns.
@@ -254,4 +255,57 @@ fn an_engine_that_loses_its_broker_saves_nothing() {
     assert!(world.rig.hang_up().is_err());
     // It may not even have come to make the folder.
     assert_eq!(std::fs::read_dir(&vectors).map_or(0, |files| files.count()), 0);
+}
+
+const TINY_DISK: &str = "ENGINE_HOST_TEST_TINY_DISK";
+
+#[test]
+fn a_full_disk_ends_saving_and_nothing_else() {
+    if let Some(vectors) = std::env::var_os(TINY_DISK) {
+        return on_tiny_disk(Path::new(&vectors));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mount = "mount -t tmpfs -o size=4k,mode=700 none \"$1\" || exit 77";
+    let in_namespace = |script: &str| {
+        Command::new("unshare")
+            .args(["--map-root-user", "--mount", "sh", "-c", script, "sh"])
+            .arg(folder.path())
+            .arg(std::env::current_exe().unwrap())
+            .arg("a_full_disk_ends_saving_and_nothing_else")
+            .env(TINY_DISK, folder.path())
+            .status()
+    };
+    match in_namespace(&format!("{mount}; exec \"$2\" --exact \"$3\"")).map(|status| status.code()) {
+        Ok(Some(0)) => {}
+        // What a failed writing leads to is tested without a full disk too.
+        Ok(Some(1 | 77)) if !in_namespace(mount).is_ok_and(|status| status.success()) => {
+            eprintln!("skipped: no mount namespace here");
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => eprintln!("skipped: no unshare"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The folder has room for one page, which is less than what is to be saved.
+fn on_tiny_disk(vectors: &Path) {
+    let mut world = World::start(vectors);
+    let texts: Vec<String> = (0..100).map(|n| n.to_string()).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    for some in texts.chunks(10) {
+        let ticket = world.client.embed(Priority::Interactive, some);
+        assert_eq!(world.client.code(ticket), Code::Ok);
+        for text in some {
+            world.writer.insert(CacheKey::of_text(text), &vector_of(text), 0, 1, false);
+        }
+    }
+    // Saves, and fails to.
+    world.rig.broker.send(&ToEngine::UnloadModel { generation: CACHED }, vec![]);
+    world.drain();
+    assert_eq!(std::fs::read_dir(vectors).unwrap().count(), 0, "nothing is left, nothing was written");
+    // With room it would have been.
+    let mut world = World::start(vectors);
+    world.embed("a");
+    world.keep();
+    world.drain();
+    assert!(the_file(vectors).metadata().unwrap().len() < 4096);
 }
