@@ -87,6 +87,15 @@ fn cache_entries(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A switch as the environment gives it; empty counts as unset.
+fn switch(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err("give 1 or 0".into()),
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     /// Model for clients that name none: id or folder
@@ -145,7 +154,7 @@ pub(crate) struct ServeArgs {
         long,
         env = "MODELBROKER_CACHE_PERSIST",
         hide_env_values = true,
-        value_parser = clap::builder::BoolishValueParser::new()
+        value_parser = switch
     )]
     pub(crate) cache_persist: bool,
     /// Leave the engine readable for this user's other processes, so that its memory can be counted

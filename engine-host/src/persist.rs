@@ -248,7 +248,7 @@ impl Work {
 
     /// Sends what a file holds to the broker.
     fn restore(&mut self, kept: &mut Kept, file: File) -> Result<(), Interrupted> {
-        let generation = kept.generation;
+        let (generation, begun) = (kept.generation, Instant::now());
         let mut file = BufReader::with_capacity(FILE_BUFFER_BYTES, file);
         let mut header = [0; SAVED_HEADER_BYTES];
         let checked = file.read_exact(&mut header).map_err(|error| error.to_string());
@@ -272,14 +272,14 @@ impl Work {
                 damaged += 1;
                 continue;
             };
+            kept.file_expires_at_ms =
+                kept.file_expires_at_ms.max(if expires_at_ms == 0 { u64::MAX } else { expires_at_ms });
             let left_ms = expires_at_ms.saturating_sub(wall_clock_ms());
             if expires_at_ms != 0 && left_ms == 0 {
                 expired += 1;
                 values.truncate(before);
                 continue;
             }
-            kept.file_expires_at_ms =
-                kept.file_expires_at_ms.max(if expires_at_ms == 0 { u64::MAX } else { expires_at_ms });
             if kept.cache.contains(key) {
                 values.truncate(before);
                 continue;
@@ -294,7 +294,8 @@ impl Work {
         if !keys.is_empty() {
             self.send(generation, &mut keys, &mut values)?;
         }
-        tracing::info!(generation, restored, expired, damaged, "saved vectors were read");
+        let took_us = begun.elapsed().as_micros() as u64;
+        tracing::info!(generation, restored, expired, damaged, took_us, "saved vectors were read");
         Ok(())
     }
 
@@ -344,7 +345,7 @@ impl Work {
         }
         kept.settle();
         let Some(folder) = self.folder() else { return };
-        let name = kept.format.file_name();
+        let (name, begun) = (kept.format.file_name(), Instant::now());
         let saved = if is_new {
             let mut expires_at_ms = 0;
             let replaced = folder.replace(&name, |file| {
@@ -357,7 +358,11 @@ impl Work {
             folder.remove(&name).map(|()| 0)
         };
         match saved {
-            Ok(expires_at_ms) => (kept.saved, kept.file_expires_at_ms) = (Some(count), expires_at_ms),
+            Ok(expires_at_ms) => {
+                (kept.saved, kept.file_expires_at_ms) = (Some(count), expires_at_ms);
+                let took_us = begun.elapsed().as_micros() as u64;
+                tracing::debug!(generation = kept.generation, took_us, "vectors were saved");
+            }
             Err(error) => self.turn_off(&error),
         }
     }

@@ -8,9 +8,9 @@ mod compute {
     pub(crate) use engine_host::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
 }
 
-use common::double::{DIM, FINGERPRINT, vector_of};
+use common::double::{DIM, FINGERPRINT, IDENTITY, vector_of};
 use common::{CACHED, Client, Rig, cache, check_rows};
-use shm_layout::cache::{CacheKey, CacheWriter, Insert};
+use shm_layout::cache::{CacheKey, CacheWriter, Insert, SavedFormat, SavedRecord};
 use shm_layout::code::Code;
 use shm_layout::wire::{CacheInsertKey, FromEngine, Priority, ToEngine};
 use shm_os::cache_mapping::CacheWriteMapping;
@@ -255,6 +255,27 @@ fn an_engine_that_loses_its_broker_saves_nothing() {
     assert!(world.rig.hang_up().is_err());
     // It may not even have come to make the folder.
     assert_eq!(std::fs::read_dir(&vectors).map_or(0, |files| files.count()), 0);
+}
+
+#[test]
+fn what_has_expired_is_not_restored_and_a_file_of_nothing_else_goes() {
+    let (_folder, file) = saved(&["c"]);
+    let format = SavedFormat::new(IDENTITY, DIM).unwrap();
+    assert_eq!(file.file_name().unwrap().to_str(), Some(format.file_name().as_str()));
+    let write = |records: &[(&str, u64)]| {
+        let mut bytes = format.header().to_vec();
+        for (text, expires_at_ms) in records {
+            let record = SavedRecord { key: CacheKey::of_text(text), expires_at_ms: *expires_at_ms };
+            format.encode(record, &vector_of(text), &mut bytes).unwrap();
+        }
+        std::fs::write(&file, bytes).unwrap();
+    };
+    write(&[("a", 1), ("b", 0), ("c", u64::MAX)]);
+    assert_eq!(World::start(file.parent().unwrap()).restored(), [pair("b"), pair("c")]);
+    assert!(file.exists());
+    write(&[("a", 1), ("b", 2)]);
+    assert!(World::start(file.parent().unwrap()).restored().is_empty());
+    assert!(!file.exists());
 }
 
 const TINY_DISK: &str = "ENGINE_HOST_TEST_TINY_DISK";
