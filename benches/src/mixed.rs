@@ -38,6 +38,9 @@ pub(crate) struct Arguments {
     /// Tokens of a text that somebody waits for.
     #[arg(long, default_value_t = 16)]
     tokens: usize,
+    /// Single texts a second, at uneven distances; 0 = one after the other.
+    #[arg(long, value_name = "PER_SECOND", default_value_t = 20.0)]
+    rate: f64,
     /// Tokens of a text that is indexed.
     #[arg(long, default_value_t = 128)]
     bulk_tokens: usize,
@@ -250,6 +253,9 @@ fn load(
     ] {
         command.args([option, &value]);
     }
+    if arguments.rate > 0.0 {
+        command.args(["--rate", &arguments.rate.to_string()]);
+    }
     let output = command.output().context("running modelbroker load")?;
     let said =
         || -> String { String::from_utf8_lossy(&output.stderr).chars().take(MAX_SAID_CHARS).collect() };
@@ -307,8 +313,17 @@ fn ask_infinity(
         };
         let indexing: Vec<_> = (0..bulk_clients).map(|_| scope.spawn(index)).collect();
         let connection = server.connect();
+        let mut due = Instant::now();
         while Instant::now() < end {
-            let begun = Instant::now();
+            let mut begun = Instant::now();
+            if arguments.rate > 0.0 {
+                due += Duration::from_secs_f64(1.0 / arguments.rate);
+                if due >= end {
+                    break;
+                }
+                std::thread::sleep(due.saturating_duration_since(begun));
+                begun = due;
+            }
             connection.embed(&[singles.next()])?;
             samples.record(begun.elapsed());
         }
@@ -366,9 +381,12 @@ fn report(
         bulk.map(rounded),
         1.0 / GOAL_BULK,
     );
+    let pace = match arguments.rate {
+        rate if rate > 0.0 => format!("{rate} texts a second, timed from when each was due"),
+        _ => "one text after the other".to_owned(),
+    };
     report.remark(format!(
-        "bulk: {} processes, each with one request of {} texts after the other; single: one process, one text after the \
-         other; no text twice",
+        "bulk: {} processes, each with one request of {} texts after the other; single: one process, {pace}; no text twice",
         arguments.bulk_clients, arguments.bulk_batch
     ));
     remarks.into_iter().for_each(|remark| report.remark(remark));

@@ -317,6 +317,10 @@ pub(crate) struct LoadArgs {
     /// Tokens of a text of a bulk request, about [default: as --tokens]
     #[arg(long, value_name = "N")]
     pub(crate) bulk_tokens: Option<usize>,
+    /// Interactive requests of a thread in a second, at uneven distances; their time counts from when they are due [default: one
+    /// after the other]
+    #[arg(long, value_name = "PER_SECOND")]
+    pub(crate) rate: Option<f64>,
     /// Texts in one interactive request
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) batch: usize,

@@ -23,6 +23,9 @@ use worker_sdk::{EmbedOptions, Model};
 /// Most client processes, and most threads of one.
 const MAX_CLIENTS: usize = 256;
 const MAX_THREADS: usize = 256;
+/// Least and most interactive requests of a thread in a second.
+const MIN_RATE: f64 = 0.01;
+const MAX_RATE: f64 = 1e6;
 /// Most texts in one request.
 const MAX_BATCH: usize = 4096;
 /// Longest run, in seconds (a day).
@@ -66,6 +69,7 @@ pub(super) fn run(socket: Option<PathBuf>, args: &LoadArgs) -> Result<(), Failur
     let mut run = Run::start(args.clients, client.socket())?;
     for (process, threads) in run.processes.iter_mut().zip(dealt.chunks(args.threads)) {
         process.tell(&Plan {
+            rate: args.rate,
             model: model_id.clone(),
             socket_route: args.route == RouteArg::Socket,
             duration_ms: millis(args.duration),
@@ -101,6 +105,7 @@ fn check(args: &LoadArgs) -> Result<(), Failure> {
             least_tokens,
             texts::MAX_TOKENS as f64,
         ),
+        ("rate", args.rate.unwrap_or(1.0), MIN_RATE, MAX_RATE),
         ("batch", args.batch as f64, 1.0, MAX_BATCH as f64),
         ("bulk", args.bulk, 0.0, 1.0),
         ("bulk-batch", args.bulk_batch as f64, 1.0, MAX_BATCH as f64),

@@ -57,9 +57,12 @@ static CONFIG: TileConfig = TileConfig {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
+/// Bytes from `next` on that each step asks the second-level cache for.
+pub(super) const STEP_PREFETCH_BYTES: usize = 384;
+
 /// Four accumulators (tmm0-3): rows 0-15 and 16-31 times columns 0-15 and 16-31.
 macro_rules! products {
-    ($multiply:literal, $a:expr, $stride_bytes:expr, $panel:expr, $steps:expr, $out:expr) => {
+    ($multiply:literal, $a:expr, $stride_bytes:expr, $panel:expr, $steps:expr, $out:expr, $next:expr) => {
         asm!(
             "tilezero tmm0",
             "tilezero tmm1",
@@ -69,11 +72,18 @@ macro_rules! products {
             "tileloadd tmm4, [{a} + {stride}]",
             "tileloadd tmm6, [{panel} + {panel_stride}]",
             concat!($multiply, " tmm0, tmm4, tmm6"),
+            "prefetcht1 [{next}]",
+            "prefetcht1 [{next} + 64]",
             "tileloadd tmm7, [{panel} + {panel_stride} + 64]",
             concat!($multiply, " tmm1, tmm4, tmm7"),
+            "prefetcht1 [{next} + 128]",
+            "prefetcht1 [{next} + 192]",
             "tileloadd tmm5, [{below} + {stride}]",
             concat!($multiply, " tmm2, tmm5, tmm6"),
             concat!($multiply, " tmm3, tmm5, tmm7"),
+            "prefetcht1 [{next} + 256]",
+            "prefetcht1 [{next} + 320]",
+            "add {next}, 384",
             "add {a}, 64",
             "add {below}, 64",
             "add {panel}, 2048",
@@ -87,6 +97,7 @@ macro_rules! products {
             below = inout(reg) $a.wrapping_add(16 * $stride_bytes) => _,
             panel = inout(reg) $panel => _,
             steps = inout(reg) $steps => _,
+            next = inout(reg) $next => _,
             stride = in(reg) $stride_bytes,
             panel_stride = in(reg) 4 * PANEL_COLUMNS,
             out = in(reg) $out.start,
@@ -112,6 +123,7 @@ impl Session {
     }
 
     /// `out[r, c] = Σ a[r, k] · panel[k, c]` for 32 rows and columns, bf16 pairs to f32.
+    /// Meanwhile [`STEP_PREFETCH_BYTES`] a step are fetched from `next` on, which need not be readable.
     ///
     /// # Safety
     /// 32 rows of `steps * 64` bytes at `a`, `stride_bytes` apart, and `steps * 2048` bytes at `panel` must be readable,
@@ -124,9 +136,10 @@ impl Session {
         panel: *const u8,
         steps: usize,
         out: Target<f32>,
+        next: *const u8,
     ) {
         // SAFETY: handed through from the caller; tiles are configured while `self` lives.
-        unsafe { products!("tdpbf16ps", a, stride_bytes, panel, steps, out) };
+        unsafe { products!("tdpbf16ps", a, stride_bytes, panel, steps, out, next) };
     }
 
     /// As [`Session::bf16`], u8 rows and i8 panel to i32, whose bits are written.
@@ -141,9 +154,10 @@ impl Session {
         panel: *const u8,
         steps: usize,
         out: Target<f32>,
+        next: *const u8,
     ) {
         // SAFETY: handed through from the caller; tiles are configured while `self` lives.
-        unsafe { products!("tdpbusd", a, stride_bytes, panel, steps, out) };
+        unsafe { products!("tdpbusd", a, stride_bytes, panel, steps, out, next) };
     }
 }
 

@@ -34,6 +34,13 @@ pub(super) enum Context {
     Narrow(Place, usize),
 }
 
+/// Texts of a team: ranges of tokens, and the token that is the first in its places.
+#[derive(Clone, Copy)]
+pub(super) struct Sequences<'a> {
+    pub(super) all: &'a [Range<usize>],
+    pub(super) first_token: usize,
+}
+
 /// Memory of one thread for one head of one sequence.
 struct HeadScratch {
     capacity_bytes: [usize; 4],
@@ -76,24 +83,24 @@ pub(super) fn release_scratch() {
 }
 
 /// This member's heads of `context[t] = softmax(q[t] · kᵀ / √d) · v` inside each sequence. `qkv` is `[tokens, 3 * hidden_dim]`
-/// with queries, keys and values side by side, f32 or bf16 as `precision` says; sequences count from `first_token`.
+/// with queries, keys and values side by side, f32 or bf16 as `precision` says. `between` is called after each head.
 ///
 /// # Safety
-/// Sequences must be disjoint and, less `first_token`, lie inside both places, with [`TILE_ROWS`] readable rows behind the last
+/// Sequences must be disjoint and, less their `first_token`, lie inside both places, with [`TILE_ROWS`] readable rows behind the last
 /// in `qkv`; nobody else writes `qkv`, or touches `context`, but the other members of the team that call this with the same
 /// arguments. bf16 is for paths that have it.
 pub(super) unsafe fn attention(
     member: &Member<'_>,
     context: Context,
     qkv: Place,
-    sequences: &[Range<usize>],
-    first_token: usize,
+    sequences: Sequences<'_>,
     shape: AttentionShape,
     precision: Precision,
+    between: &dyn Fn(),
 ) {
-    for task in member.tasks(sequences.len() * shape.head_count) {
-        let sequence = &sequences[task / shape.head_count];
-        let sequence = sequence.start - first_token..sequence.end - first_token;
+    for task in member.tasks(sequences.all.len() * shape.head_count) {
+        let sequence = &sequences.all[task / shape.head_count];
+        let sequence = sequence.start - sequences.first_token..sequence.end - sequences.first_token;
         let head = Head { context, qkv, sequence, head: task % shape.head_count, shape };
         // SAFETY: a task writes the rows of its sequence in the columns of its head, and each (sequence, head) is one task of
         // one member, so no two tasks share an element. The rest is the caller's promise.
@@ -104,6 +111,7 @@ pub(super) unsafe fn attention(
                 _ => head.in_f32(),
             }
         }
+        between();
     }
 }
 
@@ -367,14 +375,14 @@ mod tests {
                 _ => to_bf16(qkv, words.slice::<u16>(0, qkv.len())),
             }
         }
-        let first = sequences[0].start;
+        let sequences = Sequences { all: sequences, first_token: sequences[0].start };
         super::super::team::with_team(threads, |member| {
             // SAFETY: all places are borrowed for this call only; sequences lie inside.
             unsafe {
-                attention(member, Context::Float(place), words, sequences, first, shape, precision);
+                attention(member, Context::Float(place), words, sequences, shape, precision, &|| {});
                 if precision == Precision::Bf16 {
                     let narrow = Context::Narrow(halves, width);
-                    attention(member, narrow, words, sequences, first, shape, precision);
+                    attention(member, narrow, words, sequences, shape, precision, &|| {});
                 }
             };
         });

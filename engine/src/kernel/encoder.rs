@@ -16,7 +16,7 @@ pub(crate) use weights::{
 use super::scratch::Place;
 use super::team::{Member, with_team};
 use forward::Group;
-use groups::groups;
+use groups::deal;
 use rayon::prelude::*;
 use scratch::{Places, Scratch};
 use std::ops::Range;
@@ -57,16 +57,20 @@ pub(crate) fn encode(
         compute(&Member::alone(), scratch.places(), sequences);
         scratch.keep(threads);
     };
-    match groups(sequences, threads) {
+    let (groups, shared) = deal(sequences, threads);
+    if threads <= 1 {
         // On the caller's thread: rayon would take a pool of its own.
-        Some(groups) if threads <= 1 => groups.into_iter().for_each(whole),
-        Some(groups) => groups.into_par_iter().with_max_len(1).for_each(whole),
-        None => {
-            let mut scratch = Scratch::take(encoder, tokens.len(), threads);
-            let places = scratch.places();
-            with_team(threads, |member| compute(member, places, sequences));
-            scratch.keep(threads);
-        }
+        groups.into_iter().for_each(whole);
+    } else {
+        groups.into_par_iter().with_max_len(1).for_each(whole);
+    }
+    if !shared.is_empty() {
+        let sequences = &sequences[shared];
+        let mut scratch =
+            Scratch::take(encoder, sequences[sequences.len() - 1].end - sequences[0].start, threads);
+        let places = scratch.places();
+        with_team(threads, |member| compute(member, places, sequences));
+        scratch.keep(threads);
     }
     Ok(())
 }

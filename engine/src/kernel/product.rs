@@ -152,23 +152,26 @@ impl Kernel {
         }
     }
 
-    /// Computes one tile.
+    /// Computes one tile: that of a panel and of part `part` of the rows.
     ///
     /// # Safety
     /// As [`multiply`] for these rows and this panel, whose first bytes these are; `out` has room for the tile, [`TILE_ROWS`]
     /// rows where the path is AMX.
-    unsafe fn tile(&self, a: *const u8, rows: usize, panel: usize, out: Target<f32>) {
+    unsafe fn tile(&self, a: *const u8, rows: usize, (panel, part): (usize, usize), out: Target<f32>) {
         let Kernel { path, right, stride_bytes, .. } = *self;
         // SAFETY: the panel is one of `right` (the caller's promise).
         let weights = unsafe { right.start.add(panel * right.panel_bytes()) };
         #[cfg(target_arch = "x86_64")]
         if let Some(session) = &self.session {
             let steps = right.inputs * right.precision.element_bytes() / super::amx::STEP_BYTES;
+            // Each tile of this panel fetches its part of the next one: weights come from far away.
+            let next =
+                weights.wrapping_add(right.panel_bytes() + part * steps * super::amx::STEP_PREFETCH_BYTES);
             // SAFETY: `inputs` is padded to whole steps (`Precision::padded`); 32 rows are readable and writable (the caller).
             unsafe {
                 match right.precision {
-                    Precision::Bf16 => session.bf16(a, stride_bytes, weights, steps, out),
-                    _ => session.int8(a, stride_bytes, weights, steps, out),
+                    Precision::Bf16 => session.bf16(a, stride_bytes, weights, steps, out, next),
+                    _ => session.int8(a, stride_bytes, weights, steps, out, next),
                 }
             }
             return;
@@ -212,7 +215,12 @@ pub(super) unsafe fn multiply(
             let rows = (left.rows - first).min(height);
             // SAFETY: `first` is a row of `left`; the rest is the caller's promise; a tile has room for a tile.
             unsafe {
-                kernel.tile(left.start.add(first * left.stride_bytes), rows, panel, tile.target());
+                kernel.tile(
+                    left.start.add(first * left.stride_bytes),
+                    rows,
+                    (panel, first / height),
+                    tile.target(),
+                );
             }
             finish(&mut tile, first..first + rows, panel);
         }
@@ -235,7 +243,7 @@ pub(super) unsafe fn multiply_into(left: Left, right: Right, panels: Range<usize
             // SAFETY: `first` is a row of `left`; the rest is the caller's promise.
             unsafe {
                 let out = Target { start: out.at(first), stride: out.stride }.column(PANEL_COLUMNS * panel);
-                kernel.tile(left.start.add(first * left.stride_bytes), rows, panel, out);
+                kernel.tile(left.start.add(first * left.stride_bytes), rows, (panel, first / height), out);
             }
         }
     }

@@ -168,7 +168,7 @@ impl Model {
         &self.info
     }
 
-    /// Builds the tokenizer now, some ten milliseconds, instead of at the first text.
+    /// Builds the tokenizer now, some milliseconds, instead of at the first text.
     ///
     /// # Errors
     /// [`ModelError::Tokenizer`] when it can't be built.

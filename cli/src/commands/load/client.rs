@@ -81,6 +81,8 @@ struct Thread {
     model: Model,
     timeout: Duration,
     cached: bool,
+    /// Mean distance of requests, unless one follows the other.
+    interval: Option<Duration>,
     checker: Option<Arc<Checker>>,
     tally: Arc<Mutex<Tally>>,
 }
@@ -113,6 +115,7 @@ impl Thread {
             model: model.clone(),
             timeout: Duration::from_millis(all.timeout_ms),
             cached: all.cached,
+            interval: all.rate.filter(|_| !plan.bulk).map(|rate| Duration::from_secs_f64(1.0 / rate)),
             checker: checker.clone(),
             tally: Arc::new(Mutex::new(tally)),
         }
@@ -125,14 +128,23 @@ impl Thread {
         let mut before: Option<Vec<usize>> = None;
         let mut first = 0;
         let mut fresh = self.plan.fresh.map(|fresh| texts::Fresh::new(fresh.seed, fresh.tokens));
+        let mut due = Instant::now();
         while Instant::now() < end && !stop.load(Ordering::Relaxed) {
+            if let Some(interval) = self.interval {
+                due += interval.mul_f64(uneven(first));
+                if due >= end {
+                    break;
+                }
+                std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
             let (rows, texts) = match &mut fresh {
                 Some(fresh) => (Vec::new(), (0..self.plan.batch).map(|_| Cow::Owned(fresh.next())).collect()),
                 None => self.request(first),
             };
             first += 1;
             self.with_tally(|tally| tally.submitted += 1);
-            let begun = Instant::now();
+            // Whoever is late has made somebody wait.
+            let begun = if self.interval.is_some() { due } else { Instant::now() };
             let outcome = self.model.submit(&texts, &options).and_then(worker_sdk::Job::wait);
             let took = begun.elapsed();
             let in_time = share_before(end.saturating_duration_since(begun), took);
@@ -205,6 +217,12 @@ impl Tally {
             self.latency_us.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value())),
         );
     }
+}
+
+/// Distance before request number `number`, with a mean of 1, so that requests do not keep step with anything: 1/2 to 3/2, by the
+/// golden ratio.
+fn uneven(number: usize) -> f64 {
+    0.5 + (number as f64 * 0.618_033_988_749_894_9).fract()
 }
 
 /// The share of a request that took `took` and began so long before the end which lay before the end.
@@ -308,6 +326,14 @@ mod tests {
         assert_eq!(share_before(ms(0), ms(0)), 1.0);
         assert_eq!(share_before(ms(0), ms(5)), 0.0);
         assert!((share_before(ms(1), ms(4)) - 0.25).abs() < 1e-9);
+    }
+
+    #[test]
+    fn distances_are_uneven_with_a_mean_of_one() {
+        let all: Vec<f64> = (0..10_000).map(uneven).collect();
+        assert!(all.iter().all(|distance| (0.5..1.5).contains(distance)));
+        assert!((all.iter().sum::<f64>() / 10_000.0 - 1.0).abs() < 1e-3);
+        assert!(all.windows(2).all(|two| (two[0] - two[1]).abs() > 0.3));
     }
 
     #[test]

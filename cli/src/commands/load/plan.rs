@@ -17,6 +17,8 @@ pub(crate) struct Plan {
     pub(crate) socket_route: bool,
     pub(crate) duration_ms: u64,
     pub(crate) timeout_ms: u64,
+    /// Interactive requests of a thread in a second; one after the other when not said.
+    pub(crate) rate: Option<f64>,
     /// Texts may be answered from the cache.
     pub(crate) cached: bool,
     /// One for each thread.

@@ -1,6 +1,6 @@
 //! The layers, step by step, for texts that one team has. Every step writes rows or columns that belong to one member.
 
-use super::super::attention::{Context, attention};
+use super::super::attention::{Context, Sequences, attention};
 #[cfg(target_arch = "x86_64")]
 use super::super::avx512::{finish_in_f32, finish_narrowly, quantize_in_512, scale_narrowly};
 use super::super::cpu::{CpuPath, path};
@@ -14,6 +14,9 @@ use super::scratch::Places;
 use super::weights::{EmbeddingWeights, EncoderWeights, LinearWeights, Lookup, NormWeights};
 use crate::packing::{Packing, Precision};
 use std::ops::Range;
+
+/// Products of two numbers between two breaks within a step: a third of a millisecond in f32 on one core of today.
+const BREAK_PRODUCTS: usize = 1 << 24;
 
 /// Rows of a step that a member of a team takes at once.
 const ROW_BLOCK: usize = 4;
@@ -63,27 +66,27 @@ impl Group<'_> {
             self.embed(rows.clone());
             for layer in &self.encoder.layers {
                 self.narrow(self.hidden_rows(), scratch.narrow_left, width, rows.clone());
-                self.meet(member);
+                member.meet();
                 self.product(
                     member,
                     &layer.qkv,
                     self.left(self.hidden_rows(), scratch.narrow_left, width),
                     Then::Store(scratch.qkv, attention_precision),
                 );
-                self.meet(member);
+                member.meet();
                 attention(
                     member,
                     context,
                     scratch.qkv,
-                    self.sequences,
-                    self.first_token,
+                    Sequences { all: self.sequences, first_token: self.first_token },
                     self.encoder.shape,
                     attention_precision,
+                    &|| self.take_a_break(member),
                 );
-                self.meet(member);
+                member.meet();
                 if precision != Precision::F32 && matches!(context, Context::Float(_)) {
                     self.narrow(scratch.context.at(0), scratch.narrow_left, width, rows.clone());
-                    self.meet(member);
+                    member.meet();
                 }
                 self.product(
                     member,
@@ -91,20 +94,20 @@ impl Group<'_> {
                     self.left(scratch.context.at(0), scratch.narrow_left, width),
                     Then::AddToHidden,
                 );
-                self.meet(member);
+                member.meet();
                 self.norm(&layer.attention_norm, rows.clone());
                 self.narrow(self.hidden_rows(), scratch.narrow_left, width, rows.clone());
-                self.meet(member);
+                member.meet();
                 self.product(
                     member,
                     &layer.intermediate,
                     self.left(self.hidden_rows(), scratch.narrow_left, width),
                     Then::Activate,
                 );
-                self.meet(member);
+                member.meet();
                 if precision == Precision::Int8 {
                     self.narrow(scratch.wide.at(0), scratch.wide_left, self.encoder.wide, rows.clone());
-                    self.meet(member);
+                    member.meet();
                 }
                 self.product(
                     member,
@@ -112,18 +115,17 @@ impl Group<'_> {
                     self.left(scratch.wide.at(0), scratch.wide_left, self.encoder.wide),
                     Then::AddToHidden,
                 );
-                self.meet(member);
+                member.meet();
                 self.norm(&layer.output_norm, rows.clone());
             }
         }
     }
 
-    /// Waits for the team between two steps; a time for breaks.
-    fn meet(&self, member: &Member<'_>) {
+    /// One member of a team has breaks; the others go on to where they wait for it.
+    fn take_a_break(&self, member: &Member<'_>) {
         if member.is_first() {
             (self.breaks)();
         }
-        member.meet();
     }
 
     /// Whether what follows products need be no more accurate than bf16, and the CPU has instructions for it.
@@ -262,8 +264,13 @@ impl Group<'_> {
                 finish_exactly(tile, finish);
             }
         };
-        // SAFETY: panels were checked against the dimensions, rows of the left side have room behind them in the scratch; f32
-        // rows are read exactly.
-        unsafe { multiply(left, right, panels, done) };
+        // A break every so many panels, so that breaks come as often whatever the sizes.
+        let at_once = (BREAK_PRODUCTS / (left.rows * right.inputs * PANEL_COLUMNS).max(1)).max(1);
+        for first in panels.clone().step_by(at_once) {
+            // SAFETY: panels were checked against the dimensions, rows of the left side have room behind them in the scratch;
+            // f32 rows are read exactly.
+            unsafe { multiply(left, right, first..(first + at_once).min(panels.end), done) };
+            self.take_a_break(member);
+        }
     }
 }

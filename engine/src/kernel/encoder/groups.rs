@@ -7,31 +7,43 @@ use std::ops::Range;
 const GROUP_TOKENS: usize = 192;
 /// Tokens that a thread must have to itself for whole groups to be faster than sharing each step.
 const MIN_THREAD_TOKENS: usize = 32;
-/// Share of a thread's fair part that the largest group may exceed the mean by, before a team is faster: one in so many.
-const UNEVEN_SHARE: usize = 8;
+/// What sharing each step costs over having texts to oneself, in percent: threads wait for each other.
+const SHARED_COST_PERCENT: usize = 110;
 
-/// Texts in groups of about [`GROUP_TOKENS`], for threads that each take whole groups; `None` when threads should rather share
-/// each step, because there is too little for all of them or it can't be dealt out evenly.
-pub(super) fn groups(sequences: &[Range<usize>], threads: usize) -> Option<Vec<Range<usize>>> {
-    let tokens = sequences.last()?.end;
-    if threads > 1 && (sequences.len() < threads || tokens < threads * MIN_THREAD_TOKENS) {
-        return None;
+/// Texts in groups for threads that each take whole groups, and the texts at the end of which all threads share each step: whatever
+/// is done first, by the tokens that the busiest thread gets.
+pub(super) fn deal(sequences: &[Range<usize>], threads: usize) -> (Vec<Range<usize>>, Range<usize>) {
+    let Some(last) = sequences.last() else { return (Vec::new(), 0..0) };
+    let (tokens, count) = (last.end, sequences.len());
+    if threads <= 1 {
+        return (grouped(sequences, tokens, tokens.div_ceil(GROUP_TOKENS)), count..count);
     }
-    // As many rounds as it takes, all threads busy in each; fewer where long texts can't be dealt out evenly in so many.
-    let rounds = tokens.div_ceil(GROUP_TOKENS * threads);
-    (rounds.div_ceil(2)..=rounds).rev().find_map(|rounds| dealt(sequences, tokens, threads, rounds))
+    let shared_cost = |shared: usize| shared * SHARED_COST_PERCENT / (100 * threads);
+    let mut best = (shared_cost(tokens), Vec::new(), 0);
+    for end in (count.saturating_sub(threads)..=count).rev() {
+        let dealt = sequences[..end].last().map_or(0, |last| last.end);
+        if end < threads || dealt < threads * MIN_THREAD_TOKENS {
+            continue;
+        }
+        // As many rounds as it takes, all threads busy in each; or fewer, where that is more even.
+        let rounds = dealt.div_ceil(GROUP_TOKENS * threads);
+        for rounds in (rounds.div_ceil(2)..=rounds).rev() {
+            let groups = grouped(&sequences[..end], dealt, rounds * threads);
+            let cost = busiest(&groups, sequences, threads) + shared_cost(tokens - dealt);
+            if cost < best.0 {
+                best = (cost, groups, end);
+            }
+        }
+    }
+    let (_, groups, end) = best;
+    (groups, end..count)
 }
 
-/// Texts in groups for so many rounds, if that is even enough.
-fn dealt(
-    sequences: &[Range<usize>],
-    tokens: usize,
-    threads: usize,
-    rounds: usize,
-) -> Option<Vec<Range<usize>>> {
-    let count = (rounds * threads).min(sequences.len());
+/// Texts of so many tokens in up to `count` groups of about the same number of tokens.
+fn grouped(sequences: &[Range<usize>], tokens: usize, count: usize) -> Vec<Range<usize>> {
+    let count = count.min(sequences.len());
     let mut groups = Vec::with_capacity(count);
-    let (mut start, mut largest) = (0, 0);
+    let mut start = 0;
     for group in 1..=count {
         let until = tokens * group / count;
         // The text in the middle of which the border lies goes to the side where most of it is.
@@ -40,16 +52,23 @@ fn dealt(
             false => start + sequences[start..].partition_point(|s| s.start + s.end <= 2 * until),
         };
         if end > start {
-            largest = largest.max(sequences[end - 1].end - sequences[start].start);
             groups.push(start..end);
         }
         start = end;
     }
-    // A thread with the largest group ends after the others have done the rest; so much of a fair part may be lost.
-    let fair = tokens / threads;
-    let excess = largest.saturating_sub(tokens / count);
-    let is_even = groups.len().is_multiple_of(threads) && excess <= fair / UNEVEN_SHARE;
-    (threads <= 1 || is_even).then_some(groups)
+    groups
+}
+
+/// Tokens of the thread that has most when each takes the next group as soon as it is free.
+fn busiest(groups: &[Range<usize>], sequences: &[Range<usize>], threads: usize) -> usize {
+    let mut busy = vec![0; threads];
+    for group in groups {
+        let tokens = sequences[group.end - 1].end - sequences[group.start].start;
+        if let Some(first_free) = busy.iter_mut().min() {
+            *first_free += tokens;
+        }
+    }
+    busy.into_iter().max().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -73,8 +92,9 @@ mod tests {
                 .collect();
             let sequences = packed(&lengths);
             for threads in [1, 2, 3, 8] {
-                let Some(groups) = groups(&sequences, threads) else { continue };
-                let texts: Vec<usize> = groups.iter().flat_map(Clone::clone).collect();
+                let (groups, shared) = deal(&sequences, threads);
+                let texts: Vec<usize> = groups.iter().flat_map(Clone::clone).chain(shared.clone()).collect();
+                assert!(threads > 1 || shared.is_empty());
                 assert_eq!(texts, (0..sequences.len()).collect::<Vec<_>>());
             }
         }
@@ -82,11 +102,18 @@ mod tests {
 
     #[test]
     fn what_is_small_or_uneven_is_shared() {
-        assert_eq!(groups(&packed(&[16]), 2), None);
-        assert_eq!(groups(&packed(&[8, 8]), 2), None);
-        assert_eq!(groups(&packed(&[512, 16, 16]), 2), None);
-        assert_eq!(groups(&packed(&[128, 128]), 2).map(|groups| groups.len()), Some(2));
-        assert_eq!(groups(&packed(&[256; 16]), 1).map(|groups| groups.len()), Some(16));
-        assert_eq!(groups(&packed(&[16; 256]), 2).map(|groups| groups.len()), Some(22));
+        let counts = |lengths: &[usize], threads| {
+            let (groups, shared) = deal(&packed(lengths), threads);
+            (groups.len(), shared)
+        };
+        assert_eq!(counts(&[16], 2), (0, 0..1));
+        assert_eq!(counts(&[8, 8], 2), (0, 0..2));
+        assert_eq!(counts(&[512, 16, 16], 2), (0, 0..3));
+        assert_eq!(counts(&[128, 128], 2), (2, 2..2));
+        assert_eq!(counts(&[128, 128, 128], 2), (2, 2..3));
+        assert_eq!(counts(&[256; 16], 1), (16, 16..16));
+        assert_eq!(counts(&[16; 256], 2), (20, 256..256));
+        let (groups, shared) = deal(&packed(&[128; 11]), 2);
+        assert_eq!((busiest(&groups, &packed(&[128; 11]), 2), shared), (5 * 128, 10..11));
     }
 }
