@@ -37,6 +37,8 @@ pub struct BrokerConfig {
     pub cache_entries: usize,
     /// How long a vector is kept; zero = for ever.
     pub cache_ttl: Duration,
+    /// Engines keep caches over restarts (their command says where): none is ended without time to save.
+    pub cache_persist: bool,
     /// Called once, when the socket accepts connections.
     pub on_ready: Option<Box<dyn FnOnce() + Send>>,
 }
@@ -67,6 +69,7 @@ impl BrokerConfig {
             allow_other_users: false,
             cache_entries: DEFAULT_CACHE_ENTRIES,
             cache_ttl: DEFAULT_CACHE_TTL,
+            cache_persist: false,
             on_ready: None,
         }
     }
@@ -87,6 +90,7 @@ impl std::fmt::Debug for BrokerConfig {
             .field("allow_other_users", &self.allow_other_users)
             .field("cache_entries", &self.cache_entries)
             .field("cache_ttl", &self.cache_ttl)
+            .field("cache_persist", &self.cache_persist)
             .finish_non_exhaustive()
     }
 }

@@ -87,6 +87,15 @@ fn cache_entries(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A switch as the environment gives it; empty counts as unset.
+fn switch(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err("give 1 or 0".into()),
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     /// Model for clients that name none: id or folder
@@ -140,6 +149,14 @@ pub(crate) struct ServeArgs {
         default_value_t = broker::DEFAULT_CACHE_TTL.as_secs()
     )]
     pub(crate) cache_ttl: u64,
+    /// Keep the caches' vectors in files in the cache folder, over restarts
+    #[arg(
+        long,
+        env = "MODELBROKER_CACHE_PERSIST",
+        hide_env_values = true,
+        value_parser = switch
+    )]
+    pub(crate) cache_persist: bool,
     /// Leave the engine readable for this user's other processes, so that its memory can be counted
     #[arg(long, hide = true)]
     pub(crate) inspectable: bool,
@@ -369,6 +386,9 @@ pub(crate) struct EngineArgs {
     /// Leave this process readable for debuggers and this user's other processes
     #[arg(long)]
     pub(crate) inspectable: bool,
+    /// Folder in which caches are kept over restarts
+    #[arg(long, value_name = "DIR")]
+    pub(crate) vectors_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -7,11 +7,23 @@ mod failure;
 mod logging;
 mod terminal;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use std::process::ExitCode;
 
+/// The command without the environment variables that are set to nothing: they count as unset.
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let is_empty = |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    command
+        .mut_args(|arg| match arg.get_env().is_some_and(is_empty) {
+            true => arg.env(clap::builder::Resettable::Reset),
+            false => arg,
+        })
+        .mut_subcommands(without_empty_variables)
+}
+
 fn main() -> ExitCode {
-    let arguments = args::Arguments::parse();
+    let mut matches = without_empty_variables(args::Arguments::command()).get_matches();
+    let arguments = args::Arguments::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.exit());
     match commands::run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -85,3 +85,24 @@ fn the_doctor_finds_this_machine_fit() {
     assert!(report["checks"].as_array().unwrap().len() >= 8);
     assert_eq!(output.status.code(), Some(0));
 }
+
+#[test]
+fn empty_environment_variables_count_as_unset_and_bad_ones_are_named() {
+    let path = format!("/tmp/{}/b.sock", "x".repeat(120));
+    let with = |name: &str, value: &str| {
+        Command::new(env!("CARGO_BIN_EXE_modelbroker"))
+            .args(["--socket", &path, "serve"])
+            .env(name, value)
+            .output()
+            .unwrap()
+    };
+    for name in ["MODELBROKER_CACHE_ENTRIES", "MODELBROKER_CACHE_TTL", "MODELBROKER_PRECISION"] {
+        // The arguments are fine, so it is the path that is refused.
+        let output = with(name, "");
+        assert_eq!(output.status.code(), Some(1), "{name}: {}", text(&output.stderr));
+        let output = with(name, "nonsense");
+        assert_eq!(output.status.code(), Some(2), "{name}: {}", text(&output.stderr));
+        let option = name.trim_start_matches("MODELBROKER_").to_lowercase().replace('_', "-");
+        assert!(text(&output.stderr).contains(&option), "{name}: {}", text(&output.stderr));
+    }
+}

@@ -97,7 +97,7 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicUsize};
 
-    const FACTS: ModelFacts = ModelFacts { dim: 4, max_seq_tokens: 32, fingerprint: 9 };
+    const FACTS: ModelFacts = ModelFacts { dim: 4, max_seq_tokens: 32, fingerprint: 9, identity: [9; 32] };
 
     fn offer(bytes: Vec<u8>) -> Offer {
         let held = Arc::new(AtomicUsize::new(0));

@@ -66,6 +66,8 @@ pub(crate) struct Cache {
     hits: AtomicU64,
     misses: AtomicU64,
     shared: AtomicU64,
+    /// Vectors that were computed and may have come into the cache.
+    new: AtomicU64,
     /// Counts of clients whose lanes are gone.
     past_client_hits: AtomicU64,
     past_client_misses: AtomicU64,
@@ -80,6 +82,7 @@ impl Cache {
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             shared: AtomicU64::new(0),
+            new: AtomicU64::new(0),
             past_client_hits: AtomicU64::new(0),
             past_client_misses: AtomicU64::new(0),
         }
@@ -98,10 +101,53 @@ impl Cache {
     pub(crate) fn remember(&self, fresh: &[Fresh]) {
         let now_ns = monotonic_ns();
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        // More than fits would only push each other out.
-        for (key, vector) in fresh.iter().take(MAX_RECENT_VECTORS) {
+        // More than fits would only push each other out. The last ones, since they come to the broker last.
+        for (key, vector) in fresh.iter().skip(fresh.len().saturating_sub(MAX_RECENT_VECTORS)) {
             recent.put(now_ns, *key, vector);
         }
+        drop(recent);
+        self.new.fetch_add(fresh.len() as u64, Ordering::Relaxed);
+    }
+
+    /// Numbers in a vector.
+    pub(crate) fn dim(&self) -> usize {
+        self.reader.dim()
+    }
+
+    /// Entries that there is room for.
+    pub(crate) fn slots(&self) -> usize {
+        self.reader.slots()
+    }
+
+    /// Vectors that were computed so far and may have come into the cache.
+    pub(crate) fn count_of_new(&self) -> u64 {
+        self.new.load(Ordering::Relaxed)
+    }
+
+    /// The vector that was computed last, if that was a short time ago: the broker may not have written it yet.
+    pub(crate) fn newest(&self) -> Option<CacheKey> {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.forget_old(monotonic_ns(), MAX_RECENT_VECTORS);
+        recent.order.back().map(|(_, key)| *key)
+    }
+
+    /// Whether the broker has written this key's vector.
+    pub(crate) fn contains(&self, key: CacheKey) -> bool {
+        self.reader.lookup(key, monotonic_ns, &mut Vec::new())
+    }
+
+    /// Whether nothing that lives is in it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.reader.walk(monotonic_ns(), |_, _, _| Err(())).is_ok()
+    }
+
+    /// As [`CacheReader::walk`].
+    pub(crate) fn walk<E>(
+        &self,
+        now_ns: u64,
+        visit: impl FnMut(CacheKey, u64, &[f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.reader.walk(now_ns, visit)
     }
 
     /// Counts texts that were found, that were computed, and that shared another one's computation.
@@ -136,10 +182,14 @@ impl Cache {
     }
 }
 
+/// Vectors that fit into a message of `most_bytes`, which is at most [`MAX_PAYLOAD_BYTES`]; one always does.
+pub(crate) fn vectors_at_once(dim: usize, most_bytes: usize) -> usize {
+    (most_bytes / (4 * dim + KEY_FRAME_BYTES)).max(1)
+}
+
 /// Sends what was computed to the broker, which keeps it; not when the broker is behind with reading.
 pub(crate) fn send(link: &Link, generation: u64, priority: Priority, dim: usize, fresh: &[Fresh]) {
-    let at_once = (MAX_PAYLOAD_BYTES / (4 * dim + KEY_FRAME_BYTES)).max(1);
-    for some in fresh.chunks(at_once) {
+    for some in fresh.chunks(vectors_at_once(dim, MAX_PAYLOAD_BYTES)) {
         if link.queued_bytes() > MAX_UNSENT_BYTES {
             tracing::debug!(generation, "the broker is busy: vectors are not cached");
             return;

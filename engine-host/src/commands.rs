@@ -108,10 +108,14 @@ impl<L: Loader> Host<L> {
         match loaded {
             Ok((model, facts)) => {
                 let farewell = Farewell::new(&self.link, FromEngine::ModelUnloaded { generation });
-                let cache = cache.and_then(|(cache, fd)| map_cache(generation, cache, &fd, &facts));
-                let served = Arc::new(Served { model, facts, cache, farewell });
+                let cache =
+                    cache.and_then(|(cache, fd)| map_cache(generation, cache, &fd, &facts)).map(Arc::new);
+                let served = Arc::new(Served { model, facts, cache: cache.clone(), farewell });
                 self.state().models.insert(generation, served);
                 self.link.send(&FromEngine::ModelReady { generation });
+                if let (Some(keeper), Some(cache)) = (&self.keeper, cache) {
+                    keeper.load(generation, &cache, facts.identity);
+                }
             }
             Err(ComputeError { code, mut message }) => {
                 message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
@@ -133,6 +137,9 @@ impl<L: Loader> Host<L> {
             self.give_up(job, Code::ModelUnavailable, &mut wakes);
         }
         wakes.fire();
+        if let Some(keeper) = &self.keeper {
+            keeper.unload(generation);
+        }
         match served {
             Some(served) => served.farewell.announce(),
             None => self.link.send(&FromEngine::ModelUnloaded { generation }),

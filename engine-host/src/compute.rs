@@ -15,6 +15,9 @@ pub struct ModelFacts {
     pub max_seq_tokens: usize,
     /// Names weights, tokenizer, pooling and precision; stands in every answer.
     pub fingerprint: u64,
+    /// Names all that a vector depends on but its text: weights, tokenizer, pooling, precision, and what computes. The same
+    /// after a restart; with equal identities vectors are equal bit for bit.
+    pub identity: [u8; 32],
 }
 
 /// Why something was not computed.

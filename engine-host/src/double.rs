@@ -12,6 +12,8 @@ pub(crate) const DIM: usize = 4;
 pub(crate) const MAX_SEQ_TOKENS: usize = 512;
 /// Fingerprint in every answer.
 pub(crate) const FINGERPRINT: u64 = 0xd0b1e;
+/// Identity of its vectors.
+pub(crate) const IDENTITY: [u8; 32] = [0xd0; 32];
 
 /// What a text's vector must be, on every route and in any company.
 pub(crate) fn vector_of(text: &str) -> [f32; DIM] {
@@ -91,7 +93,7 @@ impl Compute for Double {
     type Prepared = String;
 
     fn facts(&self) -> ModelFacts {
-        ModelFacts { dim: DIM, max_seq_tokens: MAX_SEQ_TOKENS, fingerprint: FINGERPRINT }
+        ModelFacts { dim: DIM, max_seq_tokens: MAX_SEQ_TOKENS, fingerprint: FINGERPRINT, identity: IDENTITY }
     }
 
     fn prepare(&self, texts: &[&str]) -> Result<Vec<String>, ComputeError> {

@@ -2,6 +2,7 @@
 
 use crate::compute::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
 use engine::{EncodedText, Model, ModelError};
+use shm_layout::cache::saved_identity;
 use shm_layout::code::Code;
 use shm_layout::image::ImageBytes;
 use shm_layout::wire;
@@ -79,6 +80,12 @@ impl Compute for EngineModel {
             dim: info.output_dim,
             max_seq_tokens: info.max_seq_tokens,
             fingerprint: info.fingerprint,
+            // Another version of this program may compute other last bits.
+            identity: saved_identity(&[
+                &info.content_hash,
+                info.cpu_path.as_bytes(),
+                env!("CARGO_PKG_VERSION").as_bytes(),
+            ]),
         }
     }
 

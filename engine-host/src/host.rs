@@ -13,6 +13,7 @@ use crate::compute::{ComputeError, Loader, ModelFacts};
 use crate::job::{Job, Origin, message_of};
 use crate::lane::{Lane, Taken};
 use crate::link::{Farewell, Link};
+use crate::persist::Keeper;
 use crate::schedule::{Client, JobKey, Schedule};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_PAYLOAD_BYTES;
@@ -38,7 +39,7 @@ pub(crate) const MAX_RELAYED_INPUT_BYTES: usize = 64 << 20;
 pub(crate) struct Served<C> {
     pub(crate) model: C,
     pub(crate) facts: ModelFacts,
-    pub(crate) cache: Option<Cache>,
+    pub(crate) cache: Option<Arc<Cache>>,
     // Last: it speaks when the model is gone.
     pub(crate) farewell: Farewell,
 }
@@ -94,6 +95,8 @@ pub(crate) struct Host<L: Loader> {
     pub(crate) counters: Counters,
     pub(crate) breaks: Breaks,
     pub(crate) relayed_bytes: Arc<AtomicUsize>,
+    /// Keeps caches over restarts, where that is wanted.
+    pub(crate) keeper: Option<Keeper>,
     stopped: AtomicBool,
     outcome: Mutex<Option<Result<(), HostError>>>,
     ended: Condvar,
@@ -146,6 +149,7 @@ impl<L: Loader> Host<L> {
             counters: Counters::default(),
             breaks: Breaks::default(),
             relayed_bytes: Arc::default(),
+            keeper: None,
             stopped: AtomicBool::new(false),
             outcome: Mutex::new(None),
             ended: Condvar::new(),

@@ -9,6 +9,7 @@
 //! | `accept`, `job` | what is asked becomes a job or a refusal; a job's texts and results |
 //! | `schedule` | which texts are computed next: pure, simulated in its tests |
 //! | `cache` | what is looked up before it is computed, and sent to the broker afterwards |
+//! | `persist` | saved vectors: read when a model comes, written now and then and at the end, on a thread of its own |
 //! | `batch`, `execute` | one batch: computed with its failures contained; its jobs answered or put back |
 //! | [`Compute`], [`Loader`] | what is needed of whatever computes |
 //!
@@ -40,15 +41,18 @@ mod host;
 mod job;
 mod lane;
 mod link;
+mod persist;
 mod schedule;
 mod worker;
 
 pub use compute::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
 
 use host::Host;
+use persist::Keeper;
 use shm_layout::wire::FromEngine;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,12 +60,14 @@ use std::time::Duration;
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How an engine runs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostOptions {
     /// Compute threads; 0 = as many as this process may use cores.
     pub threads: usize,
     /// Leave this process readable for debuggers and core dumps. Off by default: documents are private.
     pub dumpable: bool,
+    /// Folder in which caches are kept over restarts, made when needed; `None` = they are not.
+    pub vectors_dir: Option<PathBuf>,
 }
 
 impl HostOptions {
@@ -144,7 +150,13 @@ pub fn run_with<L: Loader>(link: OwnedFd, loader: L, options: HostOptions) -> Re
     if !options.dumpable {
         shm_os::process::set_not_dumpable()?;
     }
-    let host = Arc::new(Host::new(link, loader)?);
+    let mut host = Host::new(link, loader)?;
+    if let Some(folder) = options.vectors_dir.clone() {
+        host.keeper = Keeper::start(folder, Arc::clone(&host.link))
+            .inspect_err(|error| tracing::warn!(%error, "no thread for saving vectors; they are not saved"))
+            .ok();
+    }
+    let host = Arc::new(host);
     host.link.send(&FromEngine::Ready { threads: u32::try_from(options.threads()).unwrap_or(u32::MAX) });
     for name in ["engine-a", "engine-b"] {
         let host = Arc::clone(&host);
@@ -161,6 +173,10 @@ pub fn run_with<L: Loader>(link: OwnedFd, loader: L, options: HostOptions) -> Re
     let outcome = host.wait_for_end();
     if outcome.is_ok() && !host.link.finish(LAST_WORDS)? {
         tracing::warn!("the broker did not take the last answers");
+    }
+    // Only after an orderly end: what a broken model computed is not kept.
+    if let (Ok(()), Some(keeper)) = (&outcome, &host.keeper) {
+        keeper.finish();
     }
     outcome
 }

@@ -9,30 +9,12 @@ mod compute {
 }
 
 use common::double::{DIM, FINGERPRINT, vector_of};
-use common::{Rig, check_rows};
-use shm_layout::cache::{CacheGeometry, CacheKey, CacheWriter, Insert};
+use common::{CACHED, Rig, cache, check_rows};
+use shm_layout::cache::{CacheKey, CacheWriter, Insert};
 use shm_layout::code::Code;
 use shm_layout::payload::decode_embeddings;
-use shm_layout::wire::{
-    BackingKind, CacheDescription, CacheInsertKey, CacheTotals, FromEngine, Operation, Priority, ToEngine,
-};
+use shm_layout::wire::{CacheInsertKey, CacheTotals, FromEngine, Operation, Priority, ToEngine};
 use shm_os::cache_mapping::CacheWriteMapping;
-use std::os::fd::OwnedFd;
-
-/// The model that has a cache; the rig's own has none.
-const CACHED: u64 = 2;
-
-/// A cache as the broker makes it, and the message that hands it over.
-fn cache(fingerprint: u64) -> (CacheWriter<CacheWriteMapping>, ToEngine, Vec<OwnedFd>) {
-    let geometry = CacheGeometry::for_entries(100, DIM).unwrap();
-    let (mapping, fd) = CacheWriteMapping::create(geometry.region_bytes()).unwrap();
-    let writer = CacheWriter::create(mapping, geometry, 100, fingerprint).unwrap();
-    let cache = Some(CacheDescription { region_bytes: geometry.region_bytes() as u64 });
-    let load =
-        ToEngine::LoadModel { generation: CACHED, image_bytes: 1, backing: BackingKind::SealedMemfd, cache };
-    let image = std::fs::File::open("/dev/null").unwrap().into();
-    (writer, load, vec![image, fd])
-}
 
 fn start() -> (Rig, CacheWriter<CacheWriteMapping>) {
     let mut rig = Rig::start();

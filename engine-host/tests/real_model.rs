@@ -112,7 +112,9 @@ fn a_compiled_model_is_served_as_it_computes_in_place() {
     let here = Model::load(Arc::new(HeapImage::new(&bytes))).unwrap();
 
     let (ours, theirs) = socket::socketpair().unwrap();
-    let engine = std::thread::spawn(move || run(theirs, HostOptions { threads: 2, dumpable: true }));
+    let engine = std::thread::spawn(move || {
+        run(theirs, HostOptions { threads: 2, dumpable: true, ..HostOptions::default() })
+    });
     let mut broker = Broker::new(ours);
     let load = |generation, image_bytes| ToEngine::LoadModel {
         generation,

@@ -453,7 +453,7 @@ fn an_engine_takes_many_lanes_that_were_announced_before_it_looked() {
         broker.add_lane(client, 1);
     }
     let tickets: Vec<_> = clients.iter_mut().map(|client| client.embed(BULK, &["x"])).collect();
-    let options = HostOptions { threads: 1, dumpable: true };
+    let options = HostOptions { threads: 1, dumpable: true, ..HostOptions::default() };
     let engine = std::thread::spawn(move || run_with(theirs, DoubleLoader::default(), options));
     for (client, ticket) in clients.iter_mut().zip(tickets) {
         assert_eq!(client.code(ticket), Code::Ok);

@@ -1,5 +1,5 @@
-//! The vector cache of one model generation: layout, keys, the one writer's end and the readers' end. No system calls and
-//! no clock: mapping lives in `shm-os`, times are arguments.
+//! The vector cache of one model generation: layout, keys, the one writer's end and the readers' end, and how its vectors lie
+//! in a file. No system calls and no clock: mapping and files live in `shm-os`, times are arguments.
 //!
 //! # Who may do what
 //! One process writes: the broker, in the one writable mapping that will ever exist (the object is sealed with
@@ -21,6 +21,7 @@ mod key;
 mod layout;
 mod memory;
 mod reader;
+mod saved;
 mod writer;
 
 pub use key::CacheKey;
@@ -30,4 +31,8 @@ pub use layout::{
 };
 pub use memory::{CacheRead, CacheWrite, HeapCacheMemory, RawCacheReader, RawCacheWriter};
 pub use reader::{CacheReader, READ_TRIES};
+pub use saved::{
+    SAVED_FILE_ENDING, SAVED_HEADER_BYTES, SAVED_HEADER_FIELDS, SAVED_MAGIC, SAVED_RECORD_FIELDS,
+    SAVED_VERSION, SavedFault, SavedFormat, SavedRecord, saved_identity,
+};
 pub use writer::{CacheWriter, Insert};

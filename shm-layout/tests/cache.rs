@@ -210,6 +210,13 @@ proptest! {
                 }
             }
             prop_assert!(alive <= writer.entries());
+            let mut walked = 0;
+            reader.walk(now_ns, |key, expires_at_ns, numbers| {
+                walked += 1;
+                prop_assert_eq!(Some(&(numbers.to_vec(), expires_at_ns)), model.get(&key));
+                Ok::<(), TestCaseError>(())
+            })?;
+            prop_assert_eq!(walked, alive, "a walk sees what can be found, each once");
         }
     }
 
@@ -225,5 +232,7 @@ proptest! {
             memory.store(at % count * 8, value % 12, Ordering::Relaxed);
         }
         let _ = found(&reader, key(low), 1);
+        let walked = reader.walk(1, |key, _, numbers| if key.low != 0 && numbers.len() == 5 { Ok(()) } else { Err(key) });
+        prop_assert_eq!(walked, Ok(()));
     }
 }

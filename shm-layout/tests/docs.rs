@@ -2,7 +2,7 @@
 //! between `<!-- begin NAME -->` and `<!-- end NAME -->` and is compared with what the code says now.
 //! `BLESS=1 cargo test -p shm-layout --test docs` writes those parts anew. The prose around them is written by hand.
 
-use shm_layout::cache::{CACHE_ENTRY_FIELDS, CACHE_HEADER_FIELDS};
+use shm_layout::cache::{CACHE_ENTRY_FIELDS, CACHE_HEADER_FIELDS, SAVED_HEADER_FIELDS, SAVED_RECORD_FIELDS};
 use shm_layout::code::Code;
 use shm_layout::image::{HEADER_FIELDS, SECTION_ENTRY_FIELDS, TENSOR_ENTRY_FIELDS};
 use shm_layout::lane::{
@@ -104,6 +104,8 @@ fn layout_document_is_what_the_tables_say() {
         ("lane-engine-cell", table("", ENGINE_CELL_FIELDS)),
         ("cache-header", table("", CACHE_HEADER_FIELDS)),
         ("cache-entry", table("", CACHE_ENTRY_FIELDS)),
+        ("saved-header", table("", SAVED_HEADER_FIELDS)),
+        ("saved-record", table("", SAVED_RECORD_FIELDS)),
         ("frame-head", table("", HEAD_FIELDS)),
     ];
     check("layout.md", &parts);
@@ -365,6 +367,8 @@ fn limits_document_is_what_the_constants_say() {
         ("cache", constants("shm-layout/src/cache/layout.rs", max)),
         ("cache-reader", constants("shm-layout/src/cache/reader.rs", |name| name == "READ_TRIES")),
         ("cache-engine", constants("engine-host/src/cache.rs", max)),
+        ("cache-saved", constants("engine-host/src/persist.rs", any)),
+        ("private-files", constants("shm-os/src/private_files.rs", |name| name == "NAMING_TRIES")),
         ("broker", limits("broker/src/config.rs")),
         ("framed", constants("shm-os/src/framed.rs", any)),
         ("socket", constants("shm-os/src/socket.rs", max)),

@@ -21,6 +21,7 @@ pub mod lane_mapping;
 pub mod mapping;
 pub mod memfd;
 pub mod poller;
+pub mod private_files;
 pub mod process;
 pub mod run_dir;
 pub mod sigbus;

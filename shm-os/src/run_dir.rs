@@ -216,7 +216,7 @@ pub(crate) fn flock_exclusive(file: impl AsFd) -> Result<bool, OsError> {
 }
 
 /// Whether `path` leads to the very file that is open.
-fn is_at(file: &File, path: &Path) -> bool {
+pub(crate) fn is_at(file: &File, path: &Path) -> bool {
     match (file.metadata(), std::fs::symlink_metadata(path)) {
         (Ok(open), Ok(there)) => (open.dev(), open.ino()) == (there.dev(), there.ino()),
         _ => false,

@@ -3,12 +3,16 @@
 use crate::program::modelbroker;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use worker_sdk::{Client, Model, ModelRequest, Route, StartBroker, StatusReport};
+
+/// What the broker's stderr goes to: its children log there.
+const CHILDREN_LOG: &str = "test-children.log";
 
 /// How long anything may take before a test calls it stuck.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -77,6 +81,7 @@ impl Broker {
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            .stderr(File::create(folder.path().join(CHILDREN_LOG)).expect("a file can be made"))
             .spawn()
             .expect("the broker can be started");
         let mut line = String::new();
@@ -105,10 +110,11 @@ impl Broker {
         Pid::from_raw(self.child.id() as i32)
     }
 
-    /// What it has logged.
+    /// What it has logged, and then what its children have.
     #[must_use]
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("broker.log")).unwrap_or_default()
+        let read = |name| std::fs::read_to_string(self.folder.path().join(name)).unwrap_or_default();
+        read("broker.log") + &read(CHILDREN_LOG)
     }
 
     /// A client of it, which starts no other.
@@ -158,11 +164,12 @@ impl Broker {
         run_program(Some(&self.socket()), arguments, input)
     }
 
-    /// Asks it to leave, as a service manager does, and checks that nothing stays: no process, no socket, no lock.
+    /// Asks it to leave, as a service manager does, and checks that nothing stays: no process, no socket, no lock. Gives
+    /// what it logged.
     ///
     /// # Panics
     /// When something stays, or it does not leave.
-    pub fn stop(mut self) {
+    pub fn stop(mut self) -> String {
         let engine = self.engine_pid();
         kill(self.pid(), Signal::SIGTERM).expect("the broker is alive");
         let status = self.wait();
@@ -175,6 +182,7 @@ impl Broker {
             .filter(|name| name != "broker.log" && !name.to_string_lossy().starts_with("test-"))
             .collect();
         assert!(left.is_empty(), "left in the run folder: {left:?}");
+        self.log()
     }
 
     /// Kills it on the spot and waits until it is gone; gives its folder back, with what a killed broker leaves.

@@ -7,8 +7,12 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, gettid};
 use shm_layout::wire::CacheReport;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use tests::running::{Broker, eventually};
+use tempfile::TempDir;
+use tests::program::workspace;
+use tests::running::{Broker, eventually, run_folder};
 use worker_sdk::{EmbedOptions, Embeddings, Model, Route};
 
 const CACHED: &[&str] = &["--cache-entries", "1000"];
@@ -145,6 +149,147 @@ fn one_computation_when_many_ask_at_once() {
     assert!(values.iter().all(|other| *other == values[0]));
     let totals = report(&broker).totals;
     assert_eq!(totals.engine_misses, 2, "one text was computed twice: {totals:?}");
+}
+
+/// A broker on a small model that keeps its vectors in `cache`.
+fn persistent(cache: &Path) -> Broker {
+    let model = workspace().join("tests/parity/tiny/bert_mean");
+    let paths = [&*model.to_string_lossy(), &*cache.to_string_lossy()].map(str::to_owned);
+    Broker::start(&[
+        "--cache-entries",
+        "100",
+        "--cache-persist",
+        "--model",
+        &paths[0],
+        "--cache-dir",
+        &paths[1],
+    ])
+}
+
+/// The one file of saved vectors.
+fn saved_file(cache: &Path) -> PathBuf {
+    let files: Vec<PathBuf> = std::fs::read_dir(cache.join("vectors"))
+        .expect("the folder is there")
+        .map(|entry| entry.expect("it can be read").path())
+        .collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    files.into_iter().next().expect("one")
+}
+
+/// Texts whose vectors [`saved`] leaves in a file.
+const SAVED: &[&str] = &["first", "grüße", "", "the fourth one"];
+
+/// A cache folder with a file of the vectors of [`SAVED`], and these vectors as they were computed.
+fn saved() -> (TempDir, Embeddings) {
+    let cache = run_folder();
+    let broker = persistent(cache.path());
+    let computed = broker.model(Route::Lane).embed(SAVED).expect("texts are embedded");
+    wait_for_entries(&broker, SAVED.len() as u64);
+    broker.stop();
+    (cache, computed)
+}
+
+#[test]
+fn with_persistence_hits_outlive_the_broker() {
+    let (cache, computed) = saved();
+    let file = saved_file(cache.path());
+    assert_eq!(file.metadata().expect("it is there").mode() & 0o7777, 0o600);
+    assert_eq!(cache.path().join("vectors").metadata().expect("it is there").mode() & 0o7777, 0o700);
+    for round in 0..2 {
+        let broker = persistent(cache.path());
+        let model = broker.model(Route::Lane);
+        let restored = wait_for_entries(&broker, SAVED.len() as u64);
+        assert_eq!(restored.totals.engine_misses, 0);
+        let found = model.embed(SAVED).expect("texts are embedded");
+        assert_eq!(
+            (found.cached(), found.values()),
+            (&[true; SAVED.len()][..], computed.values()),
+            "round {round}"
+        );
+        assert_eq!(fresh(&model, SAVED).values(), computed.values());
+        let log = broker.stop();
+        assert!(!log.contains("vectors cannot be saved"), "{log}");
+    }
+    assert_eq!(saved_file(cache.path()), file);
+}
+
+#[test]
+fn without_persistence_nothing_is_written() {
+    let cache = run_folder();
+    let model = workspace().join("tests/parity/tiny/bert_mean");
+    let paths = [&*model.to_string_lossy(), &*cache.path().to_string_lossy()].map(str::to_owned);
+    let broker = Broker::start(&["--cache-entries", "100", "--model", &paths[0], "--cache-dir", &paths[1]]);
+    broker.model(Route::Lane).embed(SAVED).expect("texts are embedded");
+    wait_for_entries(&broker, SAVED.len() as u64);
+    broker.stop();
+    assert!(!cache.path().join("vectors").exists());
+}
+
+#[test]
+fn a_damaged_file_never_gives_a_wrong_vector() {
+    let (cache, computed) = saved();
+    let file = saved_file(cache.path());
+    let good = std::fs::read(&file).expect("it can be read");
+    let record_bytes = (good.len() - 64) / SAVED.len();
+    let with = |at: usize| {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        bytes
+    };
+    let damaged = [
+        // Magic and identity; key, expiry, checksum and a number of a record; the end cut off; something else; nothing.
+        with(1),
+        with(20),
+        with(64 + 3),
+        with(64 + record_bytes + 20),
+        with(64 + record_bytes + 25),
+        with(64 + 2 * record_bytes + 40),
+        good[..good.len() - 7].to_vec(),
+        b"not at all".repeat(1000),
+        Vec::new(),
+    ];
+    for (case, bytes) in damaged.iter().enumerate() {
+        std::fs::write(&file, bytes).expect("it can be written");
+        let broker = persistent(cache.path());
+        let model = broker.model(Route::Lane);
+        for _ in 0..2 {
+            let found = model.embed(SAVED).expect("texts are embedded");
+            assert_eq!(found.values(), computed.values(), "case {case}");
+        }
+        wait_for_entries(&broker, SAVED.len() as u64);
+        broker.stop();
+    }
+    // The last of them was replaced by a whole one.
+    let broker = persistent(cache.path());
+    let model = broker.model(Route::Lane);
+    wait_for_entries(&broker, SAVED.len() as u64);
+    assert_eq!(model.embed(SAVED).expect("texts are embedded").cached(), [true; SAVED.len()]);
+}
+
+#[test]
+fn where_nothing_can_be_saved_serving_goes_on_with_one_warning() {
+    let warnings = |log: &str| log.lines().filter(|line| line.contains("vectors cannot be saved")).count();
+    // A file where the folder should be; a folder where the file should be.
+    for case in 0..2 {
+        let (cache, computed) = saved();
+        let file = saved_file(cache.path());
+        std::fs::remove_file(&file).expect("it can be removed");
+        if case == 0 {
+            std::fs::remove_dir(cache.path().join("vectors")).expect("it is empty");
+            std::fs::write(cache.path().join("vectors"), "").expect("a file can be made");
+        } else {
+            std::fs::create_dir(&file).expect("a folder can be made");
+        }
+        let broker = persistent(cache.path());
+        let model = broker.model(Route::Lane);
+        for _ in 0..2 {
+            let found = model.embed(SAVED).expect("texts are embedded");
+            assert_eq!(found.values(), computed.values());
+        }
+        wait_for_entries(&broker, SAVED.len() as u64);
+        let log = broker.stop();
+        assert_eq!(warnings(&log), 1, "{log}");
+    }
 }
 
 /// Text that [`child_that_only_hits`] asks for.

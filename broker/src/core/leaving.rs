@@ -94,7 +94,12 @@ impl Core {
                 let idle = self.config.idle_exit.zip(self.idle_since_ns);
                 if idle.is_some_and(|(after, since_ns)| now_ns >= since_ns.saturating_add(nanos(after))) {
                     info!("no session for the configured time: leaving");
-                    self.leave_now(now_ns);
+                    if self.engine_has_to_save() {
+                        self.begin_leaving(now_ns, self.config.limits.drain_timeout);
+                        self.drain_engine();
+                    } else {
+                        self.leave_now(now_ns);
+                    }
                 }
             }
             Leaving::Done => {}
@@ -107,13 +112,21 @@ impl Core {
                         );
                     }
                     self.leave_now(now_ns);
-                } else if !self.relay.owes() && (engine_finished || self.lanes.live().next().is_none()) {
+                } else if !self.relay.owes()
+                    && (engine_finished || self.lanes.live().next().is_none())
+                    && !self.engine_has_to_save()
+                {
                     self.leave_now(now_ns);
                 } else {
                     self.drain_engine();
                 }
             }
         }
+    }
+
+    /// Whether an engine is up that saves its caches when it drains. Any other has nothing that is worth a wait.
+    fn engine_has_to_save(&self) -> bool {
+        self.config.engine_saves && self.engine.is_up()
     }
 
     /// Tells the engine to finish once it has everything that it is to finish.

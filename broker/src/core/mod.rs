@@ -47,6 +47,8 @@ pub(crate) struct CoreConfig {
     pub(crate) allow_other_users: bool,
     /// Whether generations get a cache.
     pub(crate) caches: bool,
+    /// Whether engines save something when they drain, and so are drained even when no work is left.
+    pub(crate) engine_saves: bool,
     pub(crate) own_uid: u32,
     pub(crate) boot_id: u64,
     pub(crate) broker_pid: u32,

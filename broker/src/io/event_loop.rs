@@ -128,6 +128,7 @@ impl EventLoop {
                 idle_exit: config.idle_exit,
                 allow_other_users: config.allow_other_users,
                 caches: config.cache_entries > 0,
+                engine_saves: config.cache_persist && config.cache_entries > 0,
                 own_uid: effective_uid(),
                 // Keyed by the system's randomness, anew in each process.
                 boot_id: std::hash::RandomState::new().build_hasher().finish() | 1,

@@ -13,10 +13,12 @@ fn failed(error: impl std::fmt::Display) -> Failure {
 }
 
 /// Serves jobs until the broker says otherwise or is gone.
-pub(super) fn engine(args: &EngineArgs) -> Result<(), Failure> {
+pub(super) fn engine(args: EngineArgs) -> Result<(), Failure> {
     logging::init("info", None, false)?;
     let link = take_inherited(args.link_fd).map_err(failed)?;
-    match engine_host::run(link, HostOptions { threads: args.threads, dumpable: args.inspectable }) {
+    let options =
+        HostOptions { threads: args.threads, dumpable: args.inspectable, vectors_dir: args.vectors_dir };
+    match engine_host::run(link, options) {
         // The broker's end is this process's end; nothing is wrong here.
         Ok(()) | Err(HostError::BrokerGone) => Ok(()),
         Err(error) => Err(failed(error)),

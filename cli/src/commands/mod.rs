@@ -39,7 +39,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Load(args) => load::run(socket, &args),
         Command::Doctor(args) => doctor::run(socket, &args),
         Command::Demo(args) => demo::run(&args),
-        Command::Engine(args) => children::engine(&args),
+        Command::Engine(args) => children::engine(args),
         Command::LoadModel(args) => children::load_model(args),
         Command::IndexDocument(args) => documents::index_one(socket, &args),
         Command::Worker(args) => worker::run(socket, &args),

@@ -12,6 +12,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Folder of saved vectors in the cache folder.
+const VECTORS_FOLDER: &str = "vectors";
+
 impl From<Backing> for BackingKind {
     fn from(backing: Backing) -> BackingKind {
         match backing {
@@ -51,6 +54,10 @@ pub(super) fn run(socket: Option<PathBuf>, args: ServeArgs) -> Result<(), Failur
     if args.inspectable {
         engine.push("--inspectable".into());
     }
+    let persist = args.cache_persist && args.cache_entries > 0;
+    if persist {
+        engine.extend(["--vectors-dir".into(), cache_dir.join(VECTORS_FOLDER).into()]);
+    }
     let loader = vec![
         program,
         "load-model".into(),
@@ -63,6 +70,7 @@ pub(super) fn run(socket: Option<PathBuf>, args: ServeArgs) -> Result<(), Failur
     config.allow_other_users = args.allow_other_users;
     config.cache_entries = args.cache_entries;
     config.cache_ttl = Duration::from_secs(args.cache_ttl);
+    config.cache_persist = persist;
     if let Some(fd) = args.ready_fd {
         let mut ready = open_inherited(fd)?;
         config.on_ready = Some(Box::new(move || {

@@ -6,15 +6,18 @@ pub(crate) mod double;
 
 use double::{Double, DoubleLoader};
 use engine_host::{HostError, HostOptions, run_with};
+use shm_layout::cache::{CacheGeometry, CacheWriter};
 use shm_layout::code::Code;
 use shm_layout::lane::{ClientLane, Geometry, JobRequest, SubmitError, Ticket};
 use shm_layout::payload::{decode_embeddings, encode_texts};
-use shm_layout::wire::{BackingKind, FromEngine, JobFrame, Operation, Priority, ToEngine};
+use shm_layout::wire::{BackingKind, CacheDescription, FromEngine, JobFrame, Operation, Priority, ToEngine};
+use shm_os::cache_mapping::CacheWriteMapping;
 use shm_os::framed::FramedStream;
 use shm_os::lane_mapping::LaneMapping;
 use shm_os::{Doorbell, socket};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -222,10 +225,15 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn start() -> Rig {
+        Rig::start_keeping(None)
+    }
+
+    /// As [`Rig::start`], keeping vectors in a folder.
+    pub(crate) fn start_keeping(vectors_dir: Option<PathBuf>) -> Rig {
         let model = Double::default();
         let (ours, theirs) = socket::socketpair().unwrap();
         let loader = DoubleLoader { model: model.clone() };
-        let options = HostOptions { threads: 2, dumpable: true };
+        let options = HostOptions { threads: 2, dumpable: true, vectors_dir };
         let engine = std::thread::spawn(move || run_with(theirs, loader, options));
         let mut broker = Broker::new(ours);
         broker.expect(|message| *message == FromEngine::Ready { threads: 2 });
@@ -249,4 +257,19 @@ impl Rig {
         drop(self.broker);
         self.engine.join().unwrap()
     }
+}
+
+/// The model that has a cache; the rig's own has none.
+pub(crate) const CACHED: u64 = 2;
+
+/// A cache as the broker makes it, and the message that hands it over.
+pub(crate) fn cache(fingerprint: u64) -> (CacheWriter<CacheWriteMapping>, ToEngine, Vec<OwnedFd>) {
+    let geometry = CacheGeometry::for_entries(100, double::DIM).unwrap();
+    let (mapping, fd) = CacheWriteMapping::create(geometry.region_bytes()).unwrap();
+    let writer = CacheWriter::create(mapping, geometry, 100, fingerprint).unwrap();
+    let cache = Some(CacheDescription { region_bytes: geometry.region_bytes() as u64 });
+    let load =
+        ToEngine::LoadModel { generation: CACHED, image_bytes: 1, backing: BackingKind::SealedMemfd, cache };
+    let image = std::fs::File::open("/dev/null").unwrap().into();
+    (writer, load, vec![image, fd])
 }

@@ -8,6 +8,7 @@ pub mod lane_engine;
 mod lane_support;
 pub mod payload;
 mod reader;
+pub mod saved;
 
 /// A target's name, its entry point, and the inputs it starts from.
 pub struct Target {
@@ -28,5 +29,6 @@ pub fn targets() -> Vec<Target> {
         Target { name: "lane_engine", run: lane_engine::run, seeds: lane_engine::seeds },
         Target { name: "lane_client", run: lane_client::run, seeds: lane_client::seeds },
         Target { name: "payload", run: payload::run, seeds: payload::seeds },
+        Target { name: "saved", run: saved::run, seeds: saved::seeds },
     ]
 }

@@ -43,6 +43,11 @@ impl<M: CacheRead> CacheReader<M> {
         self.fingerprint
     }
 
+    /// Entries that there is room for.
+    pub fn slots(&self) -> usize {
+        self.geometry.slots()
+    }
+
     /// Appends the vector of `key` to `into`, `dim` numbers; false, and `into` as it was, when it is not there, expired,
     /// or being written. `now_ns` is asked only for entries that expire at all.
     pub fn lookup(&self, key: CacheKey, now_ns: impl Fn() -> u64, into: &mut Vec<f32>) -> bool {
@@ -65,6 +70,7 @@ impl<M: CacheRead> CacheReader<M> {
     }
 
     /// One try at an entry: `Some` says whether it is the key's and alive, `None` that the writer was at it.
+    #[inline]
     fn read_once(
         &self,
         at: usize,
@@ -72,6 +78,19 @@ impl<M: CacheRead> CacheReader<M> {
         now_ns: &impl Fn() -> u64,
         into: &mut Vec<f32>,
     ) -> Option<bool> {
+        let found = self.copy_once(at, |found| found == key, into)?;
+        Some(found.is_some_and(|(_, expires_at_ns)| expires_at_ns == 0 || now_ns() < expires_at_ns))
+    }
+
+    /// One try at an entry, if it holds a vector whose key is `wanted`: its key and expiry, and the vector behind what is in
+    /// `into`. `None` when the writer was at it: what was appended means nothing then.
+    #[inline]
+    fn copy_once(
+        &self,
+        at: usize,
+        wanted: impl Fn(CacheKey) -> bool,
+        into: &mut Vec<f32>,
+    ) -> Option<Option<(CacheKey, u64)>> {
         // Acquire: what the writer stored before it published this sequence is seen below.
         let before = self.memory.load(at + SEQUENCE, Ordering::Acquire);
         if !before.is_multiple_of(2) {
@@ -80,9 +99,10 @@ impl<M: CacheRead> CacheReader<M> {
         let low = self.memory.load(at + KEY_LOW, Ordering::Relaxed);
         let high = self.memory.load(at + KEY_HIGH, Ordering::Relaxed);
         let expires_at_ns = self.memory.load(at + EXPIRES_AT, Ordering::Relaxed);
-        // `before` is 0 where nothing was ever written: zeros are then no entry of any key.
-        let is_key = before != 0 && low == key.low && high == key.high;
-        if is_key {
+        // `before` is 0 where nothing was ever written, `low` where an entry was taken out: no entry of any key.
+        let found = CacheKey { low, high };
+        let is_wanted = before != 0 && low != 0 && wanted(found);
+        if is_wanted {
             self.copy_vector(at + VECTOR, into);
         }
         // Pairs with the writer's Release fence behind the odd sequence: had a word above come from a later writing, the
@@ -91,7 +111,39 @@ impl<M: CacheRead> CacheReader<M> {
         if self.memory.load(at + SEQUENCE, Ordering::Relaxed) != before {
             return None;
         }
-        Some(is_key && (expires_at_ns == 0 || now_ns() < expires_at_ns))
+        Some(is_wanted.then_some((found, expires_at_ns)))
+    }
+
+    /// Hands `visit` a copy of each entry that is alive at `now_ns`: key, expiry (ns, 0 = never), vector; until it breaks.
+    /// Entries that are written meanwhile are seen as they were before or after, or left out. Entries that were never used
+    /// are not touched, so their pages take no memory.
+    ///
+    /// # Errors
+    /// What `visit` broke with.
+    pub fn walk<E>(
+        &self,
+        now_ns: u64,
+        mut visit: impl FnMut(CacheKey, u64, &[f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut vector = Vec::with_capacity(self.geometry.dim);
+        for set in 0..self.geometry.sets {
+            let mut tags = [0; WAYS];
+            self.memory.load_words(self.geometry.tag_at(set, 0), &mut tags);
+            for way in (0..WAYS).filter(|way| tags[*way] != 0) {
+                let at = self.geometry.entry_at(set, way);
+                for _ in 0..READ_TRIES {
+                    vector.clear();
+                    let Some(found) = self.copy_once(at, |_| true, &mut vector) else { continue };
+                    if let Some((key, expires_at_ns)) = found
+                        && (expires_at_ns == 0 || now_ns < expires_at_ns)
+                    {
+                        visit(key, expires_at_ns, &vector)?;
+                    }
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn copy_vector(&self, mut at: usize, into: &mut Vec<f32>) {

@@ -22,6 +22,7 @@ fn core_with(limits: Limits) -> Core {
         idle_exit: None,
         allow_other_users: false,
         caches: true,
+        engine_saves: false,
         own_uid: UID,
         boot_id: 1,
         broker_pid: 1,

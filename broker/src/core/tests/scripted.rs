@@ -307,6 +307,49 @@ fn it_leaves_when_idle_for_long_enough_and_nothing_else_is_timed() {
 }
 
 #[test]
+fn an_engine_that_saves_is_drained_though_no_work_is_left() {
+    for idle in [false, true] {
+        let mut world = World::new(Limits::default());
+        world.core.config.engine_saves = true;
+        world.core.config.idle_exit = idle.then_some(Duration::from_secs(1));
+        world.engine_works();
+        if idle {
+            world.now_ns = world.core.next_timer_ns().unwrap();
+            world.happens(Event::Tick);
+        } else {
+            world.happens(Event::StopSignal);
+        }
+        assert!(!world.exited);
+        assert_eq!(world.engine.as_ref().unwrap().1, [ToEngine::Drain]);
+        assert!(world.engine_takes_one(false));
+        assert!(world.exited && world.engines == 1);
+    }
+}
+
+#[test]
+fn an_engine_that_saves_gets_no_more_time_than_work_does() {
+    for way in 0..4 {
+        let mut world = World::new(Limits::default());
+        world.core.config.engine_saves = true;
+        if way < 3 {
+            world.engine_works();
+        }
+        world.happens(Event::StopSignal);
+        match way {
+            0 => world.happens(Event::StopSignal),
+            1 => {
+                world.now_ns = world.core.next_timer_ns().unwrap();
+                world.happens(Event::Tick);
+            }
+            2 => world.engine_dies(),
+            // It never was up, so there is nothing to wait for.
+            _ => {}
+        }
+        assert!(world.exited && world.engines == 1, "way {way}");
+    }
+}
+
+#[test]
 fn a_lane_fault_ends_that_session_alone() {
     let mut world = World::new(Limits::default());
     let (a, _) = world.leased(true);
