@@ -34,6 +34,8 @@ pub(crate) const MAX_BATCH_COST: u64 = 4096;
 pub(crate) const ALONE_TARGET_US: f64 = 150_000.0;
 /// Time that a batch of bulk work aims at while interactive work is about, in µs.
 pub(crate) const SHARED_TARGET_US: f64 = 40_000.0;
+/// Time that a batch of bulk work aims at which goes before waiting interactive work, in µs; as much must have been earned.
+pub(crate) const CREDIT_TARGET_US: f64 = 4_000.0;
 /// Time that a batch of interactive work aims at, in µs.
 pub(crate) const INTERACTIVE_TARGET_US: f64 = 10_000.0;
 /// Share of the time that bulk gets while interactive work never ceases, in percent.
@@ -262,7 +264,7 @@ impl Schedule {
         let first = if self.bulk.ring.is_empty() {
             self.bulk_credit_us = 0.0;
             Priority::Interactive
-        } else if self.bulk_credit_us >= SHARED_TARGET_US {
+        } else if self.bulk_credit_us >= CREDIT_TARGET_US {
             Priority::Bulk
         } else {
             Priority::Interactive
@@ -278,6 +280,7 @@ impl Schedule {
         for &priority in order {
             let target_us = match priority {
                 Priority::Interactive => INTERACTIVE_TARGET_US,
+                Priority::Bulk if first == Priority::Bulk => CREDIT_TARGET_US,
                 Priority::Bulk if shared => SHARED_TARGET_US,
                 Priority::Bulk => ALONE_TARGET_US,
             };
@@ -308,12 +311,12 @@ impl Schedule {
         match batch.priority {
             Priority::Interactive if !self.bulk.ring.is_empty() => {
                 let earned_us = elapsed_us * BULK_SHARE_PERCENT / (100.0 - BULK_SHARE_PERCENT);
-                self.bulk_credit_us = (self.bulk_credit_us + earned_us).min(4.0 * SHARED_TARGET_US);
+                self.bulk_credit_us = (self.bulk_credit_us + earned_us).min(4.0 * CREDIT_TARGET_US);
             }
             Priority::Interactive => {}
             // May go below zero: a text that costs more than a slice is paid for later.
             Priority::Bulk if batch.on_credit => {
-                self.bulk_credit_us = (self.bulk_credit_us - elapsed_us).max(-16.0 * SHARED_TARGET_US);
+                self.bulk_credit_us = (self.bulk_credit_us - elapsed_us).max(-16.0 * CREDIT_TARGET_US);
             }
             Priority::Bulk => {}
         }

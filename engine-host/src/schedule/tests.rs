@@ -78,6 +78,26 @@ fn a_break_is_for_interactive_work_that_need_not_be_alone() {
 }
 
 #[test]
+fn bulk_has_its_first_turn_soon() {
+    // An engine that is killed again and again starts with nothing earned each time.
+    let mut schedule = Schedule::default();
+    schedule.push(ask(0, Client::Lane(1), Priority::Bulk, &[8; 256]), 0);
+    let mut now_us = 0;
+    for key in 1..2000 {
+        schedule.push(ask(key, Client::Lane(2), Priority::Interactive, &[20; 4]), now_us * 1000);
+        let batch = schedule.next_batch(now_us * 1000, |_| false).0.unwrap();
+        if batch.priority == Priority::Bulk {
+            break;
+        }
+        let elapsed_us = batch.cost * 60;
+        now_us += elapsed_us;
+        schedule.batch_done(&batch, elapsed_us);
+    }
+    let enough_us = CREDIT_TARGET_US * 100.0 / BULK_SHARE_PERCENT;
+    assert!((now_us as f64) < 1.2 * enough_us, "{now_us}");
+}
+
+#[test]
 fn bulk_keeps_its_share_under_endless_interactive_work() {
     let mut schedule = Schedule::default();
     schedule.push(ask(0, Client::Lane(1), Priority::Bulk, &[8; 256]), 0);
