@@ -53,15 +53,15 @@ impl<L: Loader> Host<L> {
     pub(crate) fn take_a_break(&self) {
         let Some(turn) = self.breaks.begin(monotonic_ns()) else { return };
         let lanes: Vec<_> = {
-            let state = self.state();
+            let mut state = self.state();
             if state.draining {
                 return;
             }
+            state.accepting += 1;
             state.lanes.values().map(Arc::clone).collect()
         };
         for lane in lanes {
             let mut taken = Vec::new();
-            self.state().accepting += 1;
             if let Err(fault) = lane.drain_in_passing(&mut taken) {
                 // There is nobody to answer what was taken just now.
                 taken.clear();
@@ -70,8 +70,8 @@ impl<L: Loader> Host<L> {
             if !taken.is_empty() {
                 self.accept_from_lane(&lane, taken);
             }
-            self.state().accepting -= 1;
         }
+        self.state().accepting -= 1;
         if let Some(work) = self.next_work(Moment::Break) {
             self.execute(work);
         }

@@ -8,8 +8,8 @@
 //! - **A batch** is of one model and of one class. It is bounded by time, not by count: the measured time per unit of cost
 //!   turns a target into a budget. With interactive work about, bulk batches are cut to [`SHARED_TARGET_US`];
 //!   without, they grow to [`ALONE_TARGET_US`].
-//! - **Breaks**: interactive work that comes while bulk is computed is computed in its breaks, which a model has every
-//!   millisecond or so. It waits for one step of a layer, not for the batch, and bulk always goes on after one such batch.
+//! - **Breaks**: interactive work that comes while bulk is computed is computed in its breaks, which a model has
+//!   some times in a millisecond. It does not wait for the batch, and bulk always goes on after one such batch.
 //! - **Jobs are cut between texts**: a batch takes as many texts of a job as fit, the rest stays at the head of its
 //!   client's queue.
 //! - **Suspects run alone**: a job that was running when an engine died, or when a batch failed, shares no batch.

@@ -26,8 +26,8 @@ pub(crate) type Breaks<'a> = &'a (dyn Fn() + Sync);
 
 /// Computes the hidden state of all tokens into `hidden`, `[tokens, width]`; `sequences` are the texts, one behind the other.
 ///
-/// Each team, or each thread that has texts of its own, calls `breaks` between steps, some 30 times in six layers: other work can
-/// be done there, on that thread.
+/// Each team, or each thread that has texts of its own, calls `breaks` between pieces of a step: other work can be done there, on
+/// that thread.
 ///
 /// # Errors
 /// [`EncodeError`] when lengths, weights or indices do not belong together; nothing is computed then.

@@ -330,9 +330,20 @@ per_cpu_unsafe! {
     pub(super) unsafe fn transpose_words(out: &mut [u32], source: *const u8, stride_bytes: usize, rows: usize) = transpose_body
 }
 per_cpu! {
-    /// Quantises a row to 0 ..= 255: `row ≈ scale * out + zero`. Writes `[scale, zero]`.
-    pub(super) fn quantize_row(row: &[f32], out: &mut [u8], scale_and_zero: &mut [f32; 2]) = quantize_body
+    /// [`quantize_row`] where it is not done by hand.
+    fn quantize_in_loops(row: &[f32], out: &mut [u8], scale_and_zero: &mut [f32; 2]) = quantize_body
 }
+
+/// Quantises a row to 0 ..= 255: `row ≈ scale * out + zero`. Writes `[scale, zero]`.
+pub(super) fn quantize_row(row: &[f32], out: &mut [u8], scale_and_zero: &mut [f32; 2]) {
+    #[cfg(target_arch = "x86_64")]
+    if path() >= CpuPath::Avx512 {
+        // SAFETY: `path` found AVX-512 on this CPU.
+        return unsafe { super::avx512::quantize_in_512(row, out, scale_and_zero) };
+    }
+    quantize_in_loops(row, out, scale_and_zero);
+}
+
 per_cpu! {
     /// `row = norm(row)`: weight, bias and epsilon of the layer norm.
     pub(super) fn norm_row(row: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) = norm_body

@@ -221,7 +221,7 @@ impl Model {
         self.forward_with_breaks(batch, &|| {})
     }
 
-    /// As [`Model::forward`]. Threads that compute call `breaks` about every millisecond, each for itself, and go on when it
+    /// As [`Model::forward`]. Threads that compute call `breaks` some times in a millisecond, each for itself, and go on when it
     /// returns: something urgent can be computed there, inside of [`crate::on_this_thread`], without waiting for the batch.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use super::super::attention::{Context, Sequences, attention};
 #[cfg(target_arch = "x86_64")]
-use super::super::avx512::{finish_in_f32, finish_narrowly, quantize_in_512, scale_narrowly};
+use super::super::avx512::{finish_in_f32, finish_narrowly, scale_narrowly};
 use super::super::cpu::{CpuPath, path};
 use super::super::finish::{Dequantize, Finish, Out, finish_exactly};
 use super::super::product::{Left, PANEL_COLUMNS, Right, Target, Tile, multiply};
@@ -188,13 +188,7 @@ impl Group<'_> {
                     Precision::Bf16 => to_bf16(values, left.slice(row * stride, width)),
                     Precision::Int8 => {
                         let scales = &mut self.scratch.row_scales.slice::<[f32; 2]>(row, 1)[0];
-                        let out = left.slice(row * stride, width);
-                        #[cfg(target_arch = "x86_64")]
-                        if path() >= CpuPath::Avx512 {
-                            quantize_in_512(values, out, scales);
-                            continue;
-                        }
-                        quantize_row(values, out, scales);
+                        quantize_row(values, left.slice(row * stride, width), scales);
                     }
                 }
             }
