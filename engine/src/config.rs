@@ -184,8 +184,8 @@ impl EncoderConfig {
     /// Position of the first token: 0 for BERT, the one after the padding id for RoBERTa.
     pub fn first_position(&self) -> usize {
         match self.family {
-            Family::Bert => 0,
             Family::Roberta => self.pad_token_id as usize + 1,
+            _ => 0,
         }
     }
 

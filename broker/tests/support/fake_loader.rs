@@ -5,7 +5,7 @@ use crate::LONG;
 use shm_layout::code::Code;
 use shm_layout::image::{
     Family, HEADER_BYTES, HeaderValues, Isa, PAGE_ALIGN_BYTES, Pooling, Precision, SECTION_ENTRY_BYTES,
-    TENSOR_ENTRY_BYTES,
+    TENSOR_ENTRY_BYTES, Task,
 };
 use shm_layout::wire::{BackingKind, FromLoader, LoadProgress};
 use shm_os::framed::FramedStream;
@@ -94,6 +94,7 @@ fn header() -> ([u8; HEADER_BYTES], u64) {
         total_bytes,
         content_hash: [3; 32],
         family: Family::Bert,
+        task: Task::Embed,
         precision: Precision::F32,
         isa: Isa::Any,
         pooling: Pooling::MEAN,

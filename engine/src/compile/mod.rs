@@ -21,7 +21,7 @@ use checkpoint::Checkpoint;
 use folder::ModelFolder;
 use sentence::SentenceSettings;
 pub use shm_layout::image::Precision;
-use shm_layout::image::{Pooling, SectionKind};
+use shm_layout::image::{Pooling, SectionKind, Task};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -175,7 +175,7 @@ pub fn compile_folder(
         settings.sentence_transformers_config.map(|data| (SectionKind::SentenceTransformersConfig, data)),
     );
     sections.extend(settings.modules_json.map(|data| (SectionKind::Modules, data)));
-    let plan = plan::layout(&config, header, &sections, tensors)?;
+    let plan = plan::layout(header, &sections, tensors)?;
     drop(sections);
     let content_hash = write::write(&plan, &checkpoint, out, progress)?;
     checkpoint.files.iter().try_for_each(folder::SourceFile::check_unchanged)?;
@@ -233,6 +233,12 @@ fn header_settings(
     let most = config.max_tokens() as u64;
     let max_seq_tokens = settings.max_seq_tokens.or(settings.tokenizer_max_tokens).unwrap_or(most).min(most);
     Ok(plan::Settings {
+        family: config.family,
+        task: Task::Embed,
+        hidden_dim: config.hidden_dim,
+        output_dim: config.hidden_dim * settings.pooling.count() as usize,
+        vocab_size: config.vocab_size,
+        layer_count: config.layer_count,
         pooling: settings.pooling,
         normalize: settings.normalize,
         lower_case: settings.lower_case,

@@ -8,7 +8,7 @@ use crate::packing::{MAX_INT8_INPUTS, Packing};
 use shm_layout::image::{
     DType, Family, HEADER_BYTES, HeaderValues, Isa, MAX_IMAGE_BYTES, MAX_SECTION_BYTES, MAX_TENSORS,
     PAGE_ALIGN_BYTES, Pooling, Precision, SECTION_ENTRY_BYTES, SectionEntry, SectionKind, TENSOR_ENTRY_BYTES,
-    TensorEntry, tensor_align_bytes,
+    Task, TensorEntry, tensor_align_bytes,
 };
 
 /// Prefixes under which checkpoints keep an encoder's tensors.
@@ -65,9 +65,21 @@ pub(crate) struct Plan {
     pub(crate) tensors: Vec<PlannedTensor>,
 }
 
-/// Settings that go into the header and do not follow from config.json.
+/// What the header says of the model.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Settings {
+    /// Model family.
+    pub(crate) family: Family,
+    /// What the model is for.
+    pub(crate) task: Task,
+    /// Width of the hidden state.
+    pub(crate) hidden_dim: usize,
+    /// Length of an output vector, or number of labels.
+    pub(crate) output_dim: usize,
+    /// Number of token ids.
+    pub(crate) vocab_size: usize,
+    /// Number of layers.
+    pub(crate) layer_count: usize,
     /// Pooling modes.
     pub(crate) pooling: Pooling,
     /// Whether vectors are normalised.
@@ -217,10 +229,7 @@ impl Finder<'_> {
         if extra.is_empty() {
             return Ok(());
         }
-        let model_type = match family {
-            Family::Bert => "bert",
-            Family::Roberta => "roberta",
-        };
+        let model_type = family.name();
         Err(CompileError::ExtraTensors {
             model_type,
             count: extra.len(),
@@ -247,7 +256,6 @@ pub(crate) fn tensors(
 
 /// Lays the image out: places every table, section and tensor, and encodes all that comes before the tensors.
 pub(crate) fn layout(
-    config: &EncoderConfig,
     settings: Settings,
     sections: &[(SectionKind, Vec<u8>)],
     mut tensors: Vec<PlannedTensor>,
@@ -303,17 +311,18 @@ pub(crate) fn layout(
     let header = HeaderValues {
         total_bytes: end,
         content_hash: [0; 32],
-        family: config.family,
+        family: settings.family,
+        task: settings.task,
         precision: settings.precision,
         isa: Isa::Any,
         pooling: settings.pooling,
         normalize: settings.normalize,
         lower_case: settings.lower_case,
-        hidden_dim: config.hidden_dim as u32,
-        output_dim: config.hidden_dim as u32 * settings.pooling.count(),
+        hidden_dim: settings.hidden_dim as u32,
+        output_dim: settings.output_dim as u32,
         max_seq_tokens: settings.max_seq_tokens,
-        vocab_size: config.vocab_size as u32,
-        layer_count: config.layer_count as u32,
+        vocab_size: settings.vocab_size as u32,
+        layer_count: settings.layer_count as u32,
         section_count: sections.len() as u32,
         sections_offset,
         tensor_count: tensors.len() as u32,

@@ -18,7 +18,7 @@ use crate::packing::Precision;
 use crate::threads::pool;
 use network::{Network, Packed};
 use shm_layout::image::{
-    CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES,
+    CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES, Task,
 };
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -137,6 +137,8 @@ impl Model {
             && config.hidden_dim == header.hidden_dim as usize
             && config.layer_count == header.layer_count as usize
             && config.vocab_size == header.vocab_size as usize
+            && header.task == Task::Embed
+            && header.output_dim == header.hidden_dim * header.pooling.count()
             && header.max_seq_tokens as usize <= config.max_tokens();
         if !agrees {
             return Err(inconsistent("the header contradicts config.json"));
