@@ -72,6 +72,7 @@ pub(crate) fn exit_of_code(code: Code) -> Exit {
         | Code::ModelUnsupported
         | Code::ModelLoadError
         | Code::ModelUnavailable
+        | Code::WrongTask
         | Code::DiskFull => Exit::Model,
         Code::EmptyInput | Code::TooLarge | Code::InvalidUtf8 | Code::BadPayload | Code::OutputTooSmall => {
             Exit::Input

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod facts;
 mod key;
 mod load;
 mod precision;

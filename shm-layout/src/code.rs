@@ -83,6 +83,8 @@ codes! {
     UnsupportedOperation = 34, "UNSUPPORTED_OPERATION";
     /// The answer does not fit into the room that the caller gave.
     OutputTooSmall = 35, "OUTPUT_TOO_SMALL";
+    /// The model is of another kind than the operation needs: an embedding model cannot rank or write, nor the others embed.
+    WrongTask = 36, "WRONG_TASK";
     /// This job was running each time an engine died and is not tried again.
     JobCrashedEngine = 40, "JOB_CRASHED_ENGINE";
     /// The result failed the engine's own checks (not finite, not of unit norm) and is withheld.

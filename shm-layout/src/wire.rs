@@ -7,10 +7,12 @@ mod cache_messages;
 mod codec;
 mod head;
 mod messages;
+mod task_messages;
 
 pub use bincode::{Decode, Encode};
 
 pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
-pub use codec::{CodecError, FrameBuffer, decode_body, encode_frame};
+pub use codec::{CodecError, FrameBuffer, decode_body, encode_body, encode_frame};
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;
+pub use task_messages::*;

@@ -6,10 +6,13 @@ use crate::client::unexpected;
 use crate::embeddings::Embeddings;
 use crate::error::SdkError;
 use crate::model::Model;
+use crate::prompt::prompted;
 use crate::session::{Reply, Session};
 use crate::settings::EmbedOptions;
 use crate::time::Deadline;
+use shm_layout::code::Code;
 use shm_layout::image::ImageBytes;
+use shm_layout::image::Task;
 use shm_layout::wire::{Acquire, ClientMessage, Leased, ModelDescription};
 use shm_os::ReadOnlyMapping;
 use shm_os::image_backing::map_published;
@@ -17,6 +20,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 /// Texts computed between two looks at the caller's list; bounds what tokenization holds at once.
 const TEXTS_AT_ONCE: usize = 256;
@@ -187,6 +191,23 @@ impl AttachedModel {
         if self.shared.generation != shm_os::fork_generation() {
             return Err(SdkError::Forked);
         }
+        let facts = &self.description().facts;
+        if facts.task != Task::Embed {
+            let message = format!("the model is a {}: it gives no embeddings", facts.task.name());
+            return Err(SdkError::Refused { code: Code::WrongTask, message, retry_after: Duration::ZERO });
+        }
+        let rows = match prompted(texts, &options.prompt, facts)? {
+            Some(texts) => self.embed_as_they_are(&texts, options),
+            None => self.embed_as_they_are(texts, options),
+        }?;
+        rows.shortened(options.dimensions)
+    }
+
+    fn embed_as_they_are<T: AsRef<str>>(
+        &self,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
         let Some(cache) = self.shared.cache.as_ref().filter(|_| !options.bypass_cache) else {
             return self.compute_all(texts);
         };

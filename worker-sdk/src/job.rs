@@ -32,6 +32,8 @@ struct Parts {
     ids: Vec<u64>,
     next: usize,
     result: Embeddings,
+    /// How many numbers of each vector are wanted.
+    dimensions: Option<usize>,
     bad_answers: u32,
     model_changes: u32,
     finished: bool,
@@ -52,6 +54,7 @@ impl Job {
         specs: Vec<Arc<JobSpec>>,
         ids: Vec<u64>,
         empty: Embeddings,
+        dimensions: Option<usize>,
     ) -> Job {
         let parts = Parts {
             seat,
@@ -59,6 +62,7 @@ impl Job {
             ids,
             next: 0,
             result: empty,
+            dimensions,
             bad_answers: 0,
             model_changes: 0,
             finished: false,
@@ -169,7 +173,8 @@ impl Parts {
             return Err(SdkError::Cancelled);
         }
         let (dim, fingerprint) = (self.result.dim(), self.result.fingerprint());
-        Ok(std::mem::replace(&mut self.result, Embeddings::with_capacity(dim, fingerprint, 0)))
+        let whole = std::mem::replace(&mut self.result, Embeddings::with_capacity(dim, fingerprint, 0));
+        whole.shortened(self.dimensions)
     }
 }
 

@@ -86,8 +86,11 @@ mod connect;
 mod embeddings;
 mod error;
 mod fork_cell;
+mod generate;
 mod job;
 mod model;
+mod prompt;
+mod rank;
 mod seat;
 mod session;
 mod settings;
@@ -100,13 +103,20 @@ pub use attach::AttachedModel;
 pub use client::{Client, ClientBuilder};
 pub use embeddings::Embeddings;
 pub use error::SdkError;
+pub use generate::{CallOptions, TextStream, user_message};
 pub use job::Job;
 pub use model::Model;
+pub use prompt::Prompt;
+pub use rank::{LabelScore, Ranked};
 pub use settings::{
     EmbedOptions, LOG_FILE_NAME, ModelRequest, PROGRAM_VARIABLE, Route, SOCKET_FILE_NAME, SOCKET_VARIABLE,
     START_VARIABLE, StartBroker,
 };
 pub use shm_layout::code::Code;
+pub use shm_layout::image::Task;
 pub use shm_layout::payload::PayloadError;
-pub use shm_layout::wire::{LoadProgress, ModelDescription, Priority, StatusReport, Welcome};
+pub use shm_layout::wire::{
+    ChatMessage, FinishReason, GenerateAnswer, GeneratePrompt, GenerateSettings, LoadProgress,
+    ModelDescription, NamedPrompt, Priority, StatusReport, TaskFacts, Welcome,
+};
 pub use shm_os::socket::AllowedPeer;

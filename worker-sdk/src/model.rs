@@ -6,8 +6,9 @@ use crate::embeddings::Embeddings;
 use crate::error::SdkError;
 use crate::fork_cell::ForkCell;
 use crate::job::Job;
+use crate::prompt::{Prompt, prompted};
 use crate::seat::{Answer, JobSpec, Seat, SeatRequest};
-use crate::settings::{EmbedOptions, ModelRequest};
+use crate::settings::{EmbedOptions, ModelRequest, Route};
 use crate::split::split;
 use crate::time::Deadline;
 use shm_layout::limits::MAX_TEXT_BYTES;
@@ -39,12 +40,15 @@ struct Handle {
     client: Client,
     request: Arc<SeatRequest>,
     seats: ForkCell<Seat>,
+    /// The seat for jobs that travel as frames, where the other has a lane; made when it is needed.
+    relay_request: Arc<SeatRequest>,
+    relays: ForkCell<Seat>,
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
         // In a forked child that never used the model there is nothing to close: the seat inside is the parent's.
-        if let Some(seat) = self.seats.get() {
+        for seat in [self.seats.get(), self.relays.get()].into_iter().flatten() {
             seat.close();
         }
     }
@@ -55,7 +59,14 @@ impl Model {
         request.check()?;
         let wanted =
             Arc::new(SeatRequest { name: request.resolved_name(), wait: request.wait, route: request.route });
-        let handle = Handle { client: client.clone(), request: wanted, seats: ForkCell::new() };
+        let relayed = SeatRequest { name: wanted.name.clone(), wait: wanted.wait, route: Route::Socket };
+        let handle = Handle {
+            client: client.clone(),
+            request: wanted,
+            seats: ForkCell::new(),
+            relay_request: Arc::new(relayed),
+            relays: ForkCell::new(),
+        };
         let model = Model { handle: Arc::new(handle) };
         let mut watch = |step| {
             if let (Some(step), Some(progress)) = (step, &mut request.progress) {
@@ -69,6 +80,17 @@ impl Model {
     pub(crate) fn seat(&self) -> Arc<Seat> {
         let handle = &*self.handle;
         handle.seats.get_or_make(|| Arc::new(Seat::new(handle.client.core(), Arc::clone(&handle.request))))
+    }
+
+    /// The seat of jobs that travel as frames.
+    pub(crate) fn relay_seat(&self) -> Arc<Seat> {
+        let handle = &*self.handle;
+        if handle.request.route == Route::Socket {
+            return self.seat();
+        }
+        handle
+            .relays
+            .get_or_make(|| Arc::new(Seat::new(handle.client.core(), Arc::clone(&handle.relay_request))))
     }
 
     #[cfg(feature = "local")]
@@ -114,20 +136,33 @@ impl Model {
         texts: &[T],
         options: &EmbedOptions,
     ) -> Result<Embeddings, SdkError> {
-        let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
-        if let Some(found) = self.look_up(&seat, texts, options)? {
+        let rows = match prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            Some(texts) => self.embed_as_they_are(&seat, &texts, options),
+            None => self.embed_as_they_are(&seat, texts, options),
+        }?;
+        rows.shortened(options.dimensions)
+    }
+
+    fn embed_as_they_are<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
+        let deadline = Deadline::after(options.timeout);
+        if let Some(found) = self.look_up(seat, texts, options)? {
             if found.missing.is_empty() {
                 return Ok(found.rows);
             }
             let missing: Vec<&str> = found.missing.iter().map(|index| texts[*index].as_ref()).collect();
-            let computed = self.compute(&seat, &missing, options, deadline)?;
+            let computed = self.compute(seat, &missing, options, deadline)?;
             if let Some(all) = found.merge(&computed) {
                 return Ok(all);
             }
             // The model was replaced meanwhile: what was found belongs to the old one.
         }
-        self.compute(&seat, texts, options, deadline)
+        self.compute(seat, texts, options, deadline)
     }
 
     /// What of a list the cache has; `None` when it has nothing of it, or is not to be asked.
@@ -166,7 +201,8 @@ impl Model {
             let model = seat.model()?;
             let parts = split(texts, Operation::Embed, model.output_dim as usize)?;
             let mut all: Option<Embeddings> = None;
-            let whole = run(seat, texts, parts, options.operation(), options, deadline, |range, answer| {
+            let make = |part| spec(texts, part, options.operation(), options, deadline);
+            let whole = run(seat, parts, make, |range, answer| {
                 let rows = embeddings(&answer, range.len())?;
                 match &mut all {
                     None => {
@@ -198,14 +234,17 @@ impl Model {
     pub fn submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
         let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
+        if let Some(texts) = prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            return self.submit(&texts, &options.clone().prompt(Prompt::None));
+        }
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
-            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
+            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows, options.dimensions));
         }
         // Sent whole: the engine finds what the cache has, and its answer is of one model.
         let (specs, empty) = self.specs(&seat, texts, options, deadline)?;
         seat.wait_room(deadline)?;
         let ids = specs.iter().map(|spec| seat.enqueue(Arc::clone(spec))).collect();
-        Ok(Job::new(self.clone(), seat, specs, ids, empty))
+        Ok(Job::new(self.clone(), seat, specs, ids, empty, options.dimensions))
     }
 
     /// As [`Model::submit`], but never waits.
@@ -214,12 +253,15 @@ impl Model {
     /// [`SdkError::WouldBlock`] when there is no room for all of it just now, or the broker is away; nothing was sent.
     pub fn try_submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
         let seat = self.seat();
+        if let Some(texts) = prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            return self.try_submit(&texts, &options.clone().prompt(Prompt::None));
+        }
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
-            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
+            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows, options.dimensions));
         }
         let (specs, empty) = self.specs(&seat, texts, options, Deadline::after(options.timeout))?;
         let ids = seat.try_enqueue(&specs)?;
-        Ok(Job::new(self.clone(), seat, specs, ids, empty))
+        Ok(Job::new(self.clone(), seat, specs, ids, empty, options.dimensions))
     }
 
     fn specs<T: AsRef<str>>(
@@ -258,7 +300,8 @@ impl Model {
         let parts = split(texts, Operation::Tokenize, 1)?;
         let mut all = Vec::with_capacity(texts.len());
         let deadline = Deadline::after(options.timeout);
-        run(&seat, texts, parts, Operation::Tokenize, options, deadline, |range, answer| {
+        let make = |part| spec(texts, part, Operation::Tokenize, options, deadline);
+        run(&seat, parts, make, |range, answer| {
             let texts: Vec<&str> = texts[range].iter().map(AsRef::as_ref).collect();
             all.append(&mut decode_token_spans(&answer.bytes, &texts)?);
             Ok(true)
@@ -276,7 +319,7 @@ pub(crate) fn embeddings(answer: &Answer, texts: usize) -> Result<Embeddings, Pa
     Ok(Embeddings::from_parts(rows.dim, rows.fingerprint, rows.cached, rows.values))
 }
 
-fn spec<T: AsRef<str>>(
+pub(crate) fn spec<T: AsRef<str>>(
     texts: &[T],
     part: Range<usize>,
     operation: Operation,
@@ -305,13 +348,10 @@ impl Drop for InFlight<'_> {
 
 /// Sends the parts of a list, a window of them ahead, and hands the answers to `take` in order; false as soon as `take`
 /// says false. An unreadable answer is asked for again over another lane.
-fn run<T: AsRef<str>>(
+pub(crate) fn run(
     seat: &Seat,
-    texts: &[T],
     parts: Vec<Range<usize>>,
-    operation: Operation,
-    options: &EmbedOptions,
-    deadline: Deadline,
+    make: impl Fn(Range<usize>) -> Result<Arc<JobSpec>, SdkError>,
     mut take: impl FnMut(Range<usize>, Answer) -> Result<bool, PayloadError>,
 ) -> Result<bool, SdkError> {
     let mut flight = InFlight { seat, jobs: VecDeque::with_capacity(WINDOW_JOBS) };
@@ -320,7 +360,7 @@ fn run<T: AsRef<str>>(
     loop {
         while flight.jobs.len() < WINDOW_JOBS {
             let Some(part) = parts.next() else { break };
-            let spec = spec(texts, part.clone(), operation, options, deadline)?;
+            let spec = make(part.clone())?;
             flight.jobs.push_back((part, seat.enqueue(Arc::clone(&spec)), spec));
         }
         let Some((part, id, spec)) = flight.jobs.pop_front() else { return Ok(true) };

@@ -25,7 +25,7 @@ use jobs::Jobs;
 use link::{Arrival, Link};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_PAYLOAD_BYTES;
-use shm_layout::wire::ModelDescription;
+use shm_layout::wire::{ModelDescription, Partial};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,15 @@ pub(crate) struct SeatRequest {
     pub(crate) name: String,
     pub(crate) wait: Duration,
     pub(crate) route: Route,
+}
+
+/// How far a job is whose answer comes in pieces.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// More of the text.
+    Piece(String),
+    /// Its end.
+    End(Result<Answer, SdkError>),
 }
 
 #[derive(Debug)]
@@ -254,6 +263,14 @@ impl Seat {
         }
     }
 
+    /// Keeps a piece of an answer for whoever reads it. A job that is run anew sends its pieces again: those that are there are
+    /// left out, by their place.
+    fn add_piece(&self, state: &mut State, job: u64, partial: Partial) {
+        if state.jobs.add_piece(job, partial.offset_bytes, &partial.text).is_err() {
+            self.fault(state, "a piece of a text that leaves a hole, or more than a text may have");
+        }
+    }
+
     fn deliver_one(&self, state: &mut State, arrival: Arrival) {
         let Some((dim, link_number)) = state.link.as_ref().map(|link| (link.dim(), link.number)) else {
             return;
@@ -349,6 +366,31 @@ impl Seat {
                 state.forget(id);
                 self.leave(state);
                 return Err(SdkError::DeadlineExceeded(deadline.allowed));
+            }
+            state = if state.leading { self.follow(state, id, deadline) } else { self.lead(state, deadline) };
+        }
+    }
+
+    /// Waits for the next piece of a job's answer, or for its end, leading if nobody does.
+    pub(crate) fn wait_progress(&self, id: u64) -> Progress {
+        let mut state = self.lock();
+        loop {
+            if let Some(text) = state.jobs.take_pieces(id) {
+                self.leave(state);
+                return Progress::Piece(text);
+            }
+            if let Some(outcome) = state.jobs.take_done(id) {
+                self.leave(state);
+                return Progress::End(outcome);
+            }
+            let Some(deadline) = state.jobs.deadline(id) else {
+                self.leave(state);
+                return Progress::End(Err(SdkError::Cancelled));
+            };
+            if deadline.has_passed() {
+                state.forget(id);
+                self.leave(state);
+                return Progress::End(Err(SdkError::DeadlineExceeded(deadline.allowed)));
             }
             state = if state.leading { self.follow(state, id, deadline) } else { self.lead(state, deadline) };
         }

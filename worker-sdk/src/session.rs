@@ -10,7 +10,7 @@ use shm_layout::code::Code;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::wire::{
     AnswerFrame, BrokerMessage, ClientMessage, FrameHead, Hello, JobFrame, Leased, LoadProgress,
-    PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, StatusReport, Welcome, decode_body,
+    PROTOCOL_MAJOR, PROTOCOL_MINOR, Partial, Refusal, StatusReport, Welcome, decode_body,
 };
 use shm_os::framed::{Fill, Flush, FramedError, FramedStream};
 use shm_os::{Interest, PollEvent, Poller};
@@ -39,7 +39,12 @@ pub(crate) enum Reply {
 #[derive(Debug)]
 pub(crate) enum JobReply {
     Answered(AnswerFrame),
-    Refused { job_id: u64, refusal: Refusal },
+    Refused {
+        job_id: u64,
+        refusal: Refusal,
+    },
+    /// A piece of an answer that is still being made.
+    Piece(Partial),
 }
 
 /// What a caller sees while it waits: progress of a load, or just that time passes (`None`).
@@ -435,6 +440,12 @@ impl Session {
                     return Err(SdkError::Fault { peer: "the broker", what });
                 }
             },
+            // Behind a cancellation pieces may come that nobody waits for.
+            BrokerMessage::Partial(partial) => {
+                if let Some(seat_id) = inner.job_seats.get(&partial.job_id) {
+                    inner.mail.entry(*seat_id).or_default().push(JobReply::Piece(partial));
+                }
+            }
             BrokerMessage::Released => drop(settle(inner, id, Ok(Reply::Released))),
             BrokerMessage::Status(report) => drop(settle(inner, id, Ok(Reply::Status(Box::new(report))))),
             BrokerMessage::ShuttingDown => drop(settle(inner, id, Ok(Reply::ShuttingDown))),

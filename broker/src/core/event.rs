@@ -4,7 +4,7 @@
 use shm_layout::code::Code;
 use shm_layout::wire::{
     BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, ClientMessage, FromEngine, LoadProgress,
-    ToEngine,
+    TaskFacts, ToEngine,
 };
 
 /// How a child process ended.
@@ -61,6 +61,8 @@ pub(crate) struct ImageFacts {
     pub(crate) content_hash: [u8; 32],
     /// What it lies in.
     pub(crate) backing: BackingKind,
+    /// What the model is for.
+    pub(crate) facts: TaskFacts,
 }
 
 /// One thing that happened. Ids are the broker's own; an event about something that is gone is ignored.

@@ -91,6 +91,7 @@ impl Core {
                 self.engine.worked();
                 self.job_answered(answer);
             }
+            FromEngine::Partial(partial) => self.job_goes_on(partial),
             FromEngine::CacheInsert { generation, bulk, keys, values } => {
                 self.fill_cache(generation, bulk, keys, values);
             }

@@ -2,6 +2,7 @@
 
 use super::reader::Reader;
 use shm_layout::code::Code;
+use shm_layout::image::Task;
 use shm_layout::limits::MAX_FRAME_BODY_BYTES;
 use shm_layout::wire::{
     Acquire, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
@@ -10,6 +11,7 @@ use shm_layout::wire::{
     ModelReport, ModelState, Operation, Priority, Refusal, SessionReport, StatusReport, ToEngine, Welcome,
     decode_body, encode_frame,
 };
+use shm_layout::wire::{NamedPrompt, TaskFacts};
 
 /// First byte even: the rest is one body. Odd: the rest is a stream, fed in pieces whose sizes the first bytes choose.
 pub fn run(data: &[u8]) {
@@ -59,6 +61,15 @@ fn round_trip<T: Encode + Decode<()>>(body: &[u8]) {
     }
 }
 
+fn facts() -> TaskFacts {
+    TaskFacts {
+        labels: vec!["yes".into(), "no".into()],
+        prompts: vec![NamedPrompt { name: "query".into(), text: "query: ".into() }],
+        default_prompt: Some("query".into()),
+        ..TaskFacts::of(Task::Embed)
+    }
+}
+
 fn description() -> ModelDescription {
     ModelDescription {
         model_id: "all-MiniLM-L6-v2".into(),
@@ -69,6 +80,7 @@ fn description() -> ModelDescription {
         fingerprint: 0x0123_4567_89ab_cdef,
         content_hash: [9; 32],
         backing: BackingKind::SealedMemfd,
+        facts: facts(),
     }
 }
 
@@ -224,7 +236,7 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
     ];
     let from_loader = [
         ("loader-progress", FromLoader::Progress(progress())),
-        ("loaded", FromLoader::Loaded { model_id: "m".into(), image_bytes: 3, backing }),
+        ("loaded", FromLoader::Loaded { model_id: "m".into(), image_bytes: 3, backing, facts: facts() }),
         ("failed", FromLoader::Failed { code: Code::DiskFull, message: "full".into() }),
     ];
     let mut out = Vec::new();

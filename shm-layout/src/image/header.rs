@@ -7,6 +7,7 @@ use super::layout::{
     content_hash_range, read_u32, read_u64, write_u32, write_u64,
 };
 use crate::table::offset_of;
+use crate::wire::{Decode, Encode};
 
 const fn at(name: &str) -> usize {
     offset_of(HEADER_FIELDS, name)
@@ -67,10 +68,11 @@ impl Family {
 }
 
 /// What a model is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Encode, Decode)]
 #[repr(u32)]
 pub enum Task {
     /// A text becomes a vector.
+    #[default]
     Embed = 1,
     /// A text, or a pair of texts, gets a score for each label; a reranker is one with a single label.
     Classify = 2,

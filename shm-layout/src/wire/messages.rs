@@ -2,6 +2,7 @@
 //! handled, bounds are in [`crate::limits`]. The order of variants and fields is the encoding: append, never reorder.
 
 use super::cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
+use super::task_messages::{Partial, TaskFacts};
 use crate::code::Code;
 use bincode::{Decode, Encode};
 
@@ -15,6 +16,13 @@ pub enum Operation {
     Tokenize = 2,
     /// As `Embed`, but computed whatever the cache holds, and not kept in it.
     EmbedFresh = 3,
+    /// The first text with each of the others to scores; the answer is an embeddings payload with one row for each of the
+    /// others.
+    Rank = 5,
+    /// Texts to scores; the answer is an embeddings payload with one row for each text.
+    Classify = 6,
+    /// A [`super::GenerateRequest`] to a [`super::GenerateAnswer`]; as a frame only.
+    Generate = 7,
 }
 
 impl Operation {
@@ -25,6 +33,9 @@ impl Operation {
             1 => Some(Operation::Embed),
             2 => Some(Operation::Tokenize),
             3 => Some(Operation::EmbedFresh),
+            5 => Some(Operation::Rank),
+            6 => Some(Operation::Classify),
+            7 => Some(Operation::Generate),
             _ => None,
         }
     }
@@ -163,6 +174,8 @@ pub enum BrokerMessage {
     ShuttingDown,
     /// Answer to a ping.
     Pong,
+    /// A piece of a text that is being generated.
+    Partial(Partial),
 }
 
 /// Answer to [`Hello`].
@@ -212,6 +225,8 @@ pub struct ModelDescription {
     pub content_hash: [u8; 32],
     /// What the image lies in: `memfd`, `file` or `posix-shm`.
     pub backing: BackingKind,
+    /// What it is for.
+    pub facts: TaskFacts,
 }
 
 /// What holds an image's pages.
@@ -545,6 +560,8 @@ pub enum FromEngine {
         /// The counters.
         totals: CacheTotals,
     },
+    /// A piece of the text of a job that came over the socket; its `job_id` is the relay id.
+    Partial(Partial),
 }
 
 /// From a loader to the broker.
@@ -560,6 +577,8 @@ pub enum FromLoader {
         image_bytes: u64,
         /// What it lies in.
         backing: BackingKind,
+        /// What the model is for.
+        facts: TaskFacts,
     },
     /// It could not be done.
     Failed {

@@ -4,8 +4,10 @@ mod random;
 mod scripted;
 
 use super::*;
+use shm_layout::image::Task;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::limits::MAX_JOB_ATTEMPTS;
+use shm_layout::wire::TaskFacts;
 use shm_layout::wire::{
     Acquire, AnswerFrame, BackingKind, CacheDescription, ClientMessage, FromEngine, Hello, JobFrame,
     Operation, PROTOCOL_MAJOR, Priority, StatusReport,
@@ -39,6 +41,7 @@ fn facts(model_id: &str) -> ImageFacts {
         fingerprint: 1,
         content_hash: [1; 32],
         backing: BackingKind::SealedMemfd,
+        facts: TaskFacts::of(Task::Embed),
     }
 }
 
