@@ -85,10 +85,10 @@ impl<C> Generator<C> {
     }
 
     /// Puts a task in line; gives it back when the line is full.
-    fn push(&self, task: Task<C>) -> Result<(), Task<C>> {
+    fn push(&self, task: Task<C>) -> Option<Task<C>> {
         let mut waiting = self.lock();
         if waiting.len() >= MAX_WAITING {
-            return Err(task);
+            return Some(task);
         }
         // Interactive before bulk, otherwise in order.
         let at = match task.priority {
@@ -100,7 +100,7 @@ impl<C> Generator<C> {
         waiting.insert(at, task);
         drop(waiting);
         self.news.notify_one();
-        Ok(())
+        None
     }
 
     /// Takes out what nobody wants any more, with the reason.
@@ -219,7 +219,7 @@ impl<L: Loader> Host<L> {
             isolated: attempts >= ISOLATE_AFTER_ATTEMPTS,
             _permit: permit,
         };
-        if let Err(task) = self.generator.push(task) {
+        if let Some(task) = self.generator.push(task) {
             self.end(task, None, Code::Overloaded, b"too many texts wait to be generated; try again later");
         }
     }

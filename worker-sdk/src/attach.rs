@@ -104,7 +104,7 @@ impl Model {
         let (session, reply) = core.ask(&message, core.settings.start, deadline)?;
         let Reply::Leased(leased, fds) = reply else { return Err(unexpected(&reply)) };
         let lease = HeldLease { session, lease_id: leased.lease_id, generation };
-        AttachedModel::map(leased, fds, lease)
+        AttachedModel::map(*leased, fds, lease)
     }
 }
 

@@ -92,6 +92,7 @@ mod model;
 mod prompt;
 mod rank;
 mod seat;
+mod services;
 mod session;
 mod settings;
 mod split;
@@ -108,6 +109,7 @@ pub use job::Job;
 pub use model::Model;
 pub use prompt::Prompt;
 pub use rank::{LabelScore, Ranked};
+pub use services::{SUMMARY_PREFIX, SummaryOptions};
 pub use settings::{
     EmbedOptions, LOG_FILE_NAME, ModelRequest, PROGRAM_VARIABLE, Route, SOCKET_FILE_NAME, SOCKET_VARIABLE,
     START_VARIABLE, StartBroker,

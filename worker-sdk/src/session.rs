@@ -28,7 +28,7 @@ const MAX_PROGRESS: usize = 64;
 /// A broker's answer to one request.
 #[derive(Debug)]
 pub(crate) enum Reply {
-    Leased(Leased, Vec<OwnedFd>),
+    Leased(Box<Leased>, Vec<OwnedFd>),
     Released,
     Status(Box<StatusReport>),
     ShuttingDown,
@@ -419,7 +419,7 @@ impl Session {
                     + usize::from(leased.cache.is_some());
                 let fds = inner.stream.take_descriptors(count).map_err(failure)?;
                 let lease_id = leased.lease_id;
-                if !settle(inner, id, Ok(Reply::Leased(leased, fds))) {
+                if !settle(inner, id, Ok(Reply::Leased(Box::new(leased), fds))) {
                     let release = ClientMessage::Release { lease_id };
                     inner.stream.queue(self.next_id(), &release, Vec::new()).map_err(failure)?;
                     self.flush(inner);
