@@ -182,6 +182,9 @@ fn compute_uncaught<C: Compute>(
                     Err(ComputeError::new(Code::BadResult, "a vector holds a number that is not finite"))
                 }
             }
+            Operation::Call => {
+                Err(ComputeError::new(Code::UnsupportedOperation, "only provided models take calls"))
+            }
             Operation::Tokenize => {
                 let spans = part.range.clone().map(|text| model.token_spans(part.texts.get(text)));
                 spans.collect::<Result<_, _>>().map(Output::Spans)

@@ -65,7 +65,7 @@ impl Texts {
                     Operation::Embed => {
                         (SPECIAL_TOKENS + len_bytes.div_ceil(BYTES_PER_TOKEN)).min(max_seq_tokens.max(1))
                     }
-                    Operation::Tokenize | Operation::EmbedFresh => 1,
+                    Operation::Tokenize | Operation::EmbedFresh | Operation::Call => 1,
                 };
                 // A text has at most MAX_TEXT_BYTES, so this fits.
                 (model + len_bytes / TOKENIZED_BYTES_PER_COST) as u32
@@ -155,7 +155,8 @@ impl Job {
         let costs = arrival.texts.costs(arrival.operation, facts.max_seq_tokens);
         let gathered = match arrival.operation {
             Operation::Embed | Operation::EmbedFresh => Gathered::Rows(Vec::new(), Vec::new()),
-            Operation::Tokenize => Gathered::Spans(Vec::new()),
+            // `Call` is refused before a job is made of it.
+            Operation::Tokenize | Operation::Call => Gathered::Spans(Vec::new()),
         };
         Job {
             key: 0,

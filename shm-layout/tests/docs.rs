@@ -154,9 +154,10 @@ fn codes() -> String {
     out
 }
 
-/// Every type of messages.rs and cache_messages.rs that is encoded, field by field in the order of its encoding.
+/// Every type of the files of messages that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    let text = source("shm-layout/src/wire/messages.rs") + &source("shm-layout/src/wire/cache_messages.rs");
+    let files = ["messages.rs", "cache_messages.rs", "provider_messages.rs"];
+    let text: String = files.iter().map(|name| source(&format!("shm-layout/src/wire/{name}"))).collect();
     let encoded = |name: &str| {
         let at = text.find(&format!(" {name} {{\n")).expect("the type is there");
         let before = &text[..at];
