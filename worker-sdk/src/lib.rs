@@ -46,6 +46,25 @@
 //! # Ok::<(), worker_sdk::SdkError>(())
 //! ```
 //!
+//! # Models of one's own type
+//! ```no_run
+//! use worker_sdk::{CallOptions, Client, ProviderError, ProviderSpec};
+//!
+//! // In the process that provides it:
+//! let provider = Client::connect()?.provide(ProviderSpec::new("custom/reverse").threads(2))?;
+//! provider.serve(|job| match std::str::from_utf8(job.payload()) {
+//!     Ok(text) => Ok(text.chars().rev().collect::<String>().into_bytes()),
+//!     Err(_) => Err(ProviderError::bad_input("this model reverses UTF-8")),
+//! })?;
+//!
+//! // In any other:
+//! let model = Client::connect()?.model("custom/reverse")?;
+//! assert_eq!(model.call("abc".as_bytes(), &CallOptions::default())?, b"cba");
+//! # Ok::<(), worker_sdk::SdkError>(())
+//! ```
+//! The broker queues, bounds and times calls as it does all jobs; providers that die are waited for or replaced by others
+//! of the same id.
+//!
 //! # Threads
 //! [`Client`] and [`Model`] are cheap to clone and may be used by any number of threads at once. No thread is started
 //! for blocking calls: those who wait take turns in waiting for all. While futures are awaited and no thread is blocked
@@ -81,6 +100,7 @@
 #[cfg(feature = "local")]
 mod attach;
 mod cache;
+mod call;
 mod client;
 mod connect;
 mod embeddings;
@@ -88,6 +108,7 @@ mod error;
 mod fork_cell;
 mod job;
 mod model;
+mod provider;
 mod seat;
 mod session;
 mod settings;
@@ -97,16 +118,18 @@ mod time;
 
 #[cfg(feature = "local")]
 pub use attach::AttachedModel;
+pub use call::{CallJob, CallOptions};
 pub use client::{Client, ClientBuilder};
 pub use embeddings::Embeddings;
 pub use error::SdkError;
 pub use job::Job;
 pub use model::Model;
+pub use provider::{ProvidedJob, Provider, ProviderError, ProviderSpec, ProviderStop};
 pub use settings::{
     EmbedOptions, LOG_FILE_NAME, ModelRequest, PROGRAM_VARIABLE, Route, SOCKET_FILE_NAME, SOCKET_VARIABLE,
     START_VARIABLE, StartBroker,
 };
 pub use shm_layout::code::Code;
 pub use shm_layout::payload::PayloadError;
-pub use shm_layout::wire::{LoadProgress, ModelDescription, Priority, StatusReport, Welcome};
+pub use shm_layout::wire::{LoadProgress, ModelDescription, Operation, Priority, StatusReport, Welcome};
 pub use shm_os::socket::AllowedPeer;
