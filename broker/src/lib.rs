@@ -17,6 +17,6 @@ mod error;
 mod io;
 mod server;
 
-pub use config::{BrokerConfig, DEFAULT_CACHE_ENTRIES, DEFAULT_CACHE_TTL, Limits};
+pub use config::{BrokerConfig, DEFAULT_CACHE_ENTRIES, DEFAULT_CACHE_TTL, Limits, ProviderCommand};
 pub use error::BrokerError;
 pub use server::run;

@@ -52,6 +52,8 @@ pub(crate) fn check(offer: Offer, facts: Option<&ModelFacts>, now_ns: u64) -> Re
     let Some(operation) = offer.operation else { return refuse(offer.origin, Code::UnsupportedOperation) };
     let (operation, is_fresh) = match operation {
         Operation::EmbedFresh => (Operation::Embed, true),
+        // Only provided models know it.
+        Operation::Call => return refuse(offer.origin, Code::UnsupportedOperation),
         other => (other, false),
     };
     if offer.deadline_ns != 0 && now_ns >= offer.deadline_ns {

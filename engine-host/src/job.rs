@@ -78,7 +78,7 @@ impl Texts {
                     Operation::Embed | Operation::Rank | Operation::Classify => {
                         (SPECIAL_TOKENS + len_bytes.div_ceil(BYTES_PER_TOKEN)).min(max_seq_tokens.max(1))
                     }
-                    Operation::Tokenize | Operation::EmbedFresh | Operation::Generate => 1,
+                    Operation::Tokenize | Operation::EmbedFresh | Operation::Call | Operation::Generate => 1,
                 };
                 // A text has at most MAX_TEXT_BYTES, so this fits.
                 (model + len_bytes / TOKENIZED_BYTES_PER_COST) as u32

@@ -91,6 +91,10 @@ codes! {
     BadResult = 41, "BAD_RESULT";
     /// A failure inside the peer that none of the others names.
     Internal = 42, "INTERNAL";
+    /// The provider of the model failed this job, or its answer was not one, or it died with it too often.
+    ProviderFailed = 50, "PROVIDER_FAILED";
+    /// The provider of the model did not answer this job within the time that it allows itself.
+    ProviderTimeout = 51, "PROVIDER_TIMEOUT";
 }
 
 // In a frame a code is its number as a u16, so that the numbers above are the whole of its encoding.

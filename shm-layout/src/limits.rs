@@ -35,3 +35,13 @@ pub const MAX_CHAT_MESSAGES: usize = 1024;
 pub const MAX_STOP_STRINGS: usize = 16;
 /// Longest stop string, in bytes.
 pub const MAX_STOP_BYTES: usize = 256;
+/// Longest id of a provided model, in bytes.
+pub const MAX_PROVIDED_ID_BYTES: usize = 128;
+/// Longest word for what kind of model a provider offers, in bytes.
+pub const MAX_PROVIDED_KIND_BYTES: usize = 64;
+/// Longest description that a provider gives of its model, its input or its output, in bytes.
+pub const MAX_PROVIDED_TEXT_BYTES: usize = 512;
+/// Most jobs that one provider may take at once.
+pub const MAX_PROVIDER_IN_FLIGHT: u32 = 256;
+/// Longest time that a provider may allow itself for one job, in ms.
+pub const MAX_PROVIDER_JOB_MS: u32 = 600_000;

@@ -156,7 +156,7 @@ fn codes() -> String {
 
 /// Every type of messages.rs and its neighbours that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    let files = ["messages", "cache_messages", "task_messages"];
+    let files = ["messages", "cache_messages", "provider_messages", "task_messages"];
     // The tests at a file's end would hide what comes behind them.
     let texts = files.map(|name| {
         let text = source(&format!("shm-layout/src/wire/{name}.rs"));

@@ -1,6 +1,7 @@
 //! Calls on models that write: whole texts, and texts piece by piece. Such jobs always travel as frames on the socket: a token
 //! takes milliseconds, a frame microseconds, and pieces need an order and an end.
 
+use crate::call::CallOptions;
 use crate::error::SdkError;
 use crate::model::{MAX_BAD_ANSWERS, Model};
 use crate::seat::{Answer, JobSpec, Progress, Seat};
@@ -8,36 +9,10 @@ use crate::time::Deadline;
 use shm_layout::limits::MAX_PAYLOAD_BYTES;
 use shm_layout::payload::PayloadError;
 use shm_layout::wire::{
-    ChatMessage, GenerateAnswer, GeneratePrompt, GenerateRequest, GenerateSettings, Operation, Priority,
-    decode_body, encode_body,
+    ChatMessage, GenerateAnswer, GeneratePrompt, GenerateRequest, GenerateSettings, Operation, decode_body,
+    encode_body,
 };
 use std::sync::Arc;
-use std::time::Duration;
-
-/// How one generation is to be treated.
-#[derive(Debug, Clone, Default)]
-pub struct CallOptions {
-    /// Somebody waits (the default), or throughput matters.
-    pub priority: Priority,
-    /// Counted from the call; when it runs out the job is cancelled. `None`: as long as the broker lives.
-    pub timeout: Option<Duration>,
-}
-
-impl CallOptions {
-    /// Sets the timeout.
-    #[must_use]
-    pub fn timeout(mut self, timeout: Duration) -> CallOptions {
-        self.timeout = Some(timeout);
-        self
-    }
-
-    /// Sets the priority.
-    #[must_use]
-    pub fn priority(mut self, priority: Priority) -> CallOptions {
-        self.priority = priority;
-        self
-    }
-}
 
 /// A text that is being written. Iterating gives its pieces; [`TextStream::finish`] the whole. Dropping it ends the generation.
 #[derive(Debug)]

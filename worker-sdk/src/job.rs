@@ -160,7 +160,7 @@ impl Parts {
                 self.bad_answers += 1;
                 self.seat.distrust(answer.link_number, &error.to_string());
                 if self.bad_answers > MAX_BAD_ANSWERS {
-                    return Err(SdkError::Fault { peer: "the engine", what: error.to_string() });
+                    return Err(SdkError::Fault { peer: answer.peer(), what: error.to_string() });
                 }
                 self.ids[self.next] = self.seat.enqueue(Arc::clone(&self.specs[self.next]));
             }

@@ -46,6 +46,25 @@
 //! # Ok::<(), worker_sdk::SdkError>(())
 //! ```
 //!
+//! # Models of one's own type
+//! ```no_run
+//! use worker_sdk::{CallOptions, Client, ProviderError, ProviderSpec};
+//!
+//! // In the process that provides it:
+//! let provider = Client::connect()?.provide(ProviderSpec::new("custom/reverse").threads(2))?;
+//! provider.serve(|job| match std::str::from_utf8(job.payload()) {
+//!     Ok(text) => Ok(text.chars().rev().collect::<String>().into_bytes()),
+//!     Err(_) => Err(ProviderError::bad_input("this model reverses UTF-8")),
+//! })?;
+//!
+//! // In any other:
+//! let model = Client::connect()?.model("custom/reverse")?;
+//! assert_eq!(model.call("abc".as_bytes(), &CallOptions::default())?, b"cba");
+//! # Ok::<(), worker_sdk::SdkError>(())
+//! ```
+//! The broker queues, bounds and times calls as it does all jobs; providers that die are waited for or replaced by others
+//! of the same id.
+//!
 //! # Threads
 //! [`Client`] and [`Model`] are cheap to clone and may be used by any number of threads at once. No thread is started
 //! for blocking calls: those who wait take turns in waiting for all. While futures are awaited and no thread is blocked
@@ -81,6 +100,7 @@
 #[cfg(feature = "local")]
 mod attach;
 mod cache;
+mod call;
 mod client;
 mod connect;
 mod embeddings;
@@ -90,6 +110,7 @@ mod generate;
 mod job;
 mod model;
 mod prompt;
+mod provider;
 mod rank;
 mod seat;
 mod services;
@@ -101,13 +122,15 @@ mod time;
 
 #[cfg(feature = "local")]
 pub use attach::AttachedModel;
+pub use call::{CallJob, CallOptions};
 pub use client::{Client, ClientBuilder};
 pub use embeddings::Embeddings;
 pub use error::SdkError;
-pub use generate::{CallOptions, TextStream, user_message};
+pub use generate::{TextStream, user_message};
 pub use job::Job;
 pub use model::Model;
 pub use prompt::Prompt;
+pub use provider::{ProvidedJob, Provider, ProviderError, ProviderSpec, ProviderStop};
 pub use rank::{LabelScore, Ranked};
 pub use services::{SUMMARY_PREFIX, SummaryOptions};
 pub use settings::{
@@ -119,6 +142,6 @@ pub use shm_layout::image::Task;
 pub use shm_layout::payload::PayloadError;
 pub use shm_layout::wire::{
     ChatMessage, FinishReason, GenerateAnswer, GeneratePrompt, GenerateSettings, LoadProgress,
-    ModelDescription, NamedPrompt, Priority, StatusReport, TaskFacts, Welcome,
+    ModelDescription, NamedPrompt, Operation, Priority, StatusReport, TaskFacts, Welcome,
 };
 pub use shm_os::socket::AllowedPeer;

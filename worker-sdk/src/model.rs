@@ -316,6 +316,9 @@ pub(crate) fn embeddings(answer: &Answer, texts: usize) -> Result<Embeddings, Pa
     if rows.dim != answer.dim {
         return Err(PayloadError::Malformed("vectors of another dimension than the model's"));
     }
+    if !rows.values.iter().all(|number| number.is_finite()) {
+        return Err(PayloadError::Malformed("a vector with a number that is not finite"));
+    }
     Ok(Embeddings::from_parts(rows.dim, rows.fingerprint, rows.cached, rows.values))
 }
 
@@ -365,7 +368,7 @@ pub(crate) fn run(
         }
         let Some((part, id, spec)) = flight.jobs.pop_front() else { return Ok(true) };
         let answer = seat.wait(id)?;
-        let link_number = answer.link_number;
+        let (link_number, peer) = (answer.link_number, answer.peer());
         match take(part.clone(), answer) {
             Ok(true) => {}
             Ok(false) => return Ok(false),
@@ -373,7 +376,7 @@ pub(crate) fn run(
                 bad_answers += 1;
                 seat.distrust(link_number, &error.to_string());
                 if bad_answers > MAX_BAD_ANSWERS {
-                    return Err(SdkError::Fault { peer: "the engine", what: error.to_string() });
+                    return Err(SdkError::Fault { peer, what: error.to_string() });
                 }
                 flight.jobs.push_front((part, seat.enqueue(Arc::clone(&spec)), spec));
             }

@@ -272,9 +272,8 @@ impl Seat {
     }
 
     fn deliver_one(&self, state: &mut State, arrival: Arrival) {
-        let Some((dim, link_number)) = state.link.as_ref().map(|link| (link.dim(), link.number)) else {
-            return;
-        };
+        let known = state.link.as_ref().map(|link| (link.dim(), link.number, link.is_provided()));
+        let Some((dim, link_number, provided)) = known else { return };
         let Arrival { job: id, status, bytes, retry_after } = arrival;
         if state.jobs.sent_as(id).is_none() {
             // Cancelled, late, or nobody's any more.
@@ -291,7 +290,7 @@ impl Seat {
         match status {
             Code::Ok => {
                 state.faults = 0;
-                state.jobs.finish(id, Ok(Answer { bytes, dim, link_number }));
+                state.jobs.finish(id, Ok(Answer { bytes, dim, link_number, provided }));
             }
             Code::OutputTooSmall if entry.capacity_bytes.is_none_or(|bytes| bytes < MAX_PAYLOAD_BYTES) => {
                 let before = entry.capacity_bytes.unwrap_or(MAX_PAYLOAD_BYTES / CAPACITY_FACTOR);
@@ -344,7 +343,9 @@ impl Seat {
     /// An answer that came over link `link_number` could not be read.
     pub(crate) fn distrust(&self, link_number: u64, what: &str) {
         let mut state = self.lock();
-        if state.link.as_ref().is_some_and(|link| link.number == link_number) {
+        // A provider's wrong answer says nothing against the broker, through which alone it came; another provider may
+        // give the next.
+        if state.link.as_ref().is_some_and(|link| link.number == link_number && !link.is_provided()) {
             self.fault(&mut state, what);
         }
         self.unlock(state);

@@ -1,8 +1,8 @@
 //! Services that are built on models: summaries, and the texts of a corpus that are most like a query. What a program would
 //! otherwise write itself; how models are called is elsewhere.
 
+use crate::call::CallOptions;
 use crate::error::SdkError;
-use crate::generate::CallOptions;
 use crate::model::Model;
 use crate::prompt::Prompt;
 use crate::rank::Ranked;

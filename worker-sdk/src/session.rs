@@ -450,6 +450,14 @@ impl Session {
             BrokerMessage::Status(report) => drop(settle(inner, id, Ok(Reply::Status(Box::new(report))))),
             BrokerMessage::ShuttingDown => drop(settle(inner, id, Ok(Reply::ShuttingDown))),
             BrokerMessage::Pong => drop(settle(inner, id, Ok(Reply::Pong))),
+            // Providers have connections of their own.
+            BrokerMessage::Provided { .. }
+            | BrokerMessage::ProviderJob(_)
+            | BrokerMessage::ProviderCancel { .. }
+            | BrokerMessage::Withdrawn => {
+                let what = "a message for providers to a session that provides nothing".into();
+                return Err(SdkError::Fault { peer: "the broker", what });
+            }
         }
         Ok(())
     }

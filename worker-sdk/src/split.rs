@@ -31,7 +31,7 @@ pub(crate) fn split<T: AsRef<str>>(
         }
         // With each job of pairs goes the text that is compared with all.
         Operation::Rank | Operation::Classify => (EMBED_TEXTS.min(rows_per_answer(dim)).max(1), EMBED_BYTES),
-        Operation::Tokenize => (MAX_TEXTS_PER_JOB, TOKENIZE_BYTES),
+        Operation::Tokenize | Operation::Call => (MAX_TEXTS_PER_JOB, TOKENIZE_BYTES),
         // One job each: never cut.
         Operation::Generate => (1, MAX_PAYLOAD_BYTES),
     };
@@ -77,6 +77,8 @@ pub(crate) fn output_capacity_bytes(
             let tokens = payload_bytes.saturating_add(2 * texts);
             tokens.saturating_mul(8).saturating_add(8 + 4 * texts).min(MAX_PAYLOAD_BYTES)
         }
+        // No lane leads to a model that takes calls; an engine answers with a message.
+        Operation::Call => MIN_OUTPUT_BYTES,
     };
     wanted.max(MIN_OUTPUT_BYTES)
 }

@@ -100,6 +100,12 @@ pub(crate) enum Event {
     EngineLinkLost { incarnation: u64, reason: String },
     /// The engine's process ended and was reaped: it writes into no lane any more.
     EngineExited { incarnation: u64, exit: ChildExit },
+    /// A provider's process exists; `child` is its place in the configuration.
+    ProviderStarted { child: usize, pid: u32 },
+    /// A provider's process could not be made.
+    ProviderNotStarted { child: usize, message: String },
+    /// A provider's process ended and was reaped.
+    ProviderExited { child: usize, exit: ChildExit },
     /// SIGTERM or SIGINT arrived.
     StopSignal,
     /// Nothing but time has passed.
@@ -148,6 +154,11 @@ pub(crate) enum Action {
     KillEngine { incarnation: u64 },
     /// Queue a frame for the engine.
     ToEngine { message: ToEngine, attachments: Vec<Attachment> },
+    /// Start a provider's process, by its place in the configuration; answered by [`Event::ProviderStarted`] or
+    /// [`Event::ProviderNotStarted`].
+    StartProvider { child: usize },
+    /// Kill a provider's process; answered by [`Event::ProviderExited`] once it is reaped.
+    KillProvider { child: usize },
     /// Write out what is queued, then leave.
     Exit,
 }

@@ -8,9 +8,10 @@
 //! | `jobs` | jobs on the socket: admission, relaying, one answer each |
 //! | `caches` | vector caches: made before their generation is served, filled by what engines say |
 //! | `serving` | the engine: start, hand-over of models, lanes and jobs, death and restart |
+//! | `provide`, `provided_jobs`, `provider_children` | models that clients' processes provide: who offers what, who gets which job |
 //! | `leaving` | draining, idle exit, the end |
 //! | `status` | the report |
-//! | `session`, `models`, `leases`, `lanes`, `relay`, `engine` | the bookkeeping that these share |
+//! | `session`, `models`, `leases`, `lanes`, `relay`, `engine`, `providers` | the bookkeeping that these share |
 
 mod acquire;
 mod caches;
@@ -22,6 +23,10 @@ mod lanes;
 mod leases;
 mod leaving;
 mod models;
+mod provide;
+mod provided_jobs;
+mod provider_children;
+mod providers;
 mod relay;
 mod serving;
 mod session;
@@ -31,6 +36,7 @@ mod tests;
 
 pub(crate) use event::{Action, Attachment, ChildExit, Event, ImageFacts};
 pub(crate) use models::nanos;
+pub(crate) use providers::check_id as check_provided_id;
 
 use crate::config::Limits;
 use shm_layout::code::Code;
@@ -49,6 +55,8 @@ pub(crate) struct CoreConfig {
     pub(crate) caches: bool,
     /// Whether engines save something when they drain, and so are drained even when no work is left.
     pub(crate) engine_saves: bool,
+    /// The models for which provider processes are kept running, one for each time that a model is named.
+    pub(crate) provider_models: Vec<String>,
     pub(crate) own_uid: u32,
     pub(crate) boot_id: u64,
     pub(crate) broker_pid: u32,
@@ -64,6 +72,8 @@ pub(crate) struct Core {
     lanes: lanes::Lanes,
     relay: relay::Relay,
     engine: engine::Engine,
+    providers: providers::Providers,
+    provider_children: provider_children::ProviderChildren,
     leaving: leaving::Leaving,
     status: status::StatusWaiters,
     last_load_id: u64,
@@ -76,6 +86,7 @@ pub(crate) struct Core {
 impl Core {
     /// A broker that has just begun to listen. The engine is started by the first event.
     pub(crate) fn new(config: CoreConfig, now_ns: u64) -> Core {
+        let provider_children = provider_children::ProviderChildren::new(&config.provider_models);
         Core {
             config,
             started_ns: now_ns,
@@ -85,6 +96,8 @@ impl Core {
             lanes: lanes::Lanes::default(),
             relay: relay::Relay::default(),
             engine: engine::Engine::default(),
+            providers: providers::Providers::default(),
+            provider_children,
             leaving: leaving::Leaving::default(),
             status: status::StatusWaiters::default(),
             last_load_id: 0,
@@ -102,6 +115,7 @@ impl Core {
             self.retire_unused();
             self.start_loaders(now_ns);
             self.supervise(now_ns);
+            self.supervise_providers(now_ns);
             self.advance_leaving(now_ns);
         }
         std::mem::take(&mut self.actions)
@@ -145,6 +159,11 @@ impl Core {
                 let orderly = exit == ChildExit::Status(0) && self.engine.drain_sent;
                 self.engine_dead(now_ns, incarnation, format!("the engine {exit}"), orderly);
             }
+            Event::ProviderStarted { child, pid } => self.provider_started(child, pid),
+            Event::ProviderNotStarted { child, message } => {
+                self.provider_not_started(now_ns, child, &message)
+            }
+            Event::ProviderExited { child, exit } => self.provider_exited(now_ns, child, exit),
             Event::StopSignal => self.stop_signal(now_ns),
             Event::Tick => {}
         }
@@ -157,6 +176,9 @@ impl Core {
         self.waiters_overdue(now_ns);
         self.loads_overdue(now_ns);
         self.jobs_overdue(now_ns);
+        self.provided_jobs_overdue(now_ns);
+        self.provided_waiters_overdue(now_ns);
+        self.retire_provided(now_ns);
         self.status_overdue(now_ns);
     }
 
@@ -171,6 +193,8 @@ impl Core {
             self.relay.next_timer_ns(),
             self.status.next_timer_ns(),
             self.engine_timer_ns(),
+            self.providers_timer_ns(),
+            self.provider_children_timer_ns(),
             self.leaving_timer_ns(),
         ]
         .into_iter()

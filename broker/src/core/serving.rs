@@ -29,7 +29,8 @@ impl Core {
     /// An engine is kept ready even when nobody needs it, unless it cannot be started: then only who needs it makes the
     /// broker try again.
     fn engine_is_needed(&self) -> bool {
-        let used = self.lanes.len() > 0 || self.relay.owes() || self.models.engine_is_waited_for();
+        let used =
+            self.lanes.len() > 0 || self.relay.owes_from_engine() || self.models.engine_is_waited_for();
         if self.leaving.has_begun() {
             self.leaving_needs_engine()
         } else {
@@ -228,6 +229,6 @@ impl Core {
             let refusal = Refusal { code: Code::ModelUnavailable, message: message.clone(), retry_after_ms };
             self.refuse_waiters(waiters, &refusal);
         }
-        self.answer_all(Code::ModelUnavailable, &message);
+        self.answer_for_engine(Code::ModelUnavailable, &message);
     }
 }

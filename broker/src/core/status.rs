@@ -148,6 +148,7 @@ impl Core {
             sessions,
             faults: self.faults,
             open_descriptors: 0,
+            provided: self.provided_report(now_ns),
         }
     }
 }

@@ -8,8 +8,9 @@ use shm_layout::wire::{
     Acquire, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
     CacheTotals, ClientMessage, Decode, Encode, EngineReport, EngineTotals, FrameBuffer, FromEngine,
     FromLoader, HEAD_BYTES, Hello, JobFrame, LaneDescription, Leased, LoadProgress, ModelDescription,
-    ModelReport, ModelState, Operation, Priority, Refusal, SessionReport, StatusReport, ToEngine, Welcome,
-    decode_body, encode_frame,
+    ModelReport, ModelState, Operation, Priority, Provide, ProvidedReport, ProvidedTotals,
+    ProviderChildReport, ProviderJob, ProviderReport, Refusal, SessionReport, StatusReport, ToEngine,
+    Welcome, decode_body, encode_frame,
 };
 use shm_layout::wire::{NamedPrompt, TaskFacts};
 
@@ -152,6 +153,50 @@ fn status() -> StatusReport {
         }],
         faults: 0,
         open_descriptors: 9,
+        provided: vec![ProvidedReport {
+            model_id: "custom/x".into(),
+            generation: 1 << 63,
+            kind: "k".into(),
+            description: "d".into(),
+            input_kind: "i".into(),
+            output_kind: "o".into(),
+            operations: vec![Operation::Call],
+            output_dim: 0,
+            fingerprint: 3,
+            providers: vec![ProviderReport {
+                session_id: 1,
+                pid: 2,
+                in_flight: 3,
+                max_in_flight: 4,
+                faults: 5,
+                withdrawn: false,
+            }],
+            leases: 1,
+            lease_pids: vec![7],
+            queued_jobs: 0,
+            absent_us: 0,
+            totals: ProvidedTotals::default(),
+            last_fault: Some("f".into()),
+            children: vec![ProviderChildReport { pid: 2, starts: 1, last_exit: None }],
+        }],
+    }
+}
+
+fn offer() -> Provide {
+    Provide {
+        model_id: "custom/x".into(),
+        kind: "k".into(),
+        description: "d".into(),
+        input_kind: "i".into(),
+        output_kind: "o".into(),
+        fingerprint: 3,
+        operations: vec![Operation::Call, Operation::Embed],
+        output_dim: 4,
+        max_seq_tokens: 0,
+        max_in_flight: 2,
+        max_input_bytes: 100,
+        max_output_bytes: 100,
+        job_timeout_ms: 1000,
     }
 }
 
@@ -167,6 +212,9 @@ fn client_messages() -> Vec<(&'static str, ClientMessage)> {
         ("status", ClientMessage::Status),
         ("shutdown", ClientMessage::Shutdown { drain_ms: 5000 }),
         ("ping", ClientMessage::Ping),
+        ("provide", ClientMessage::Provide(offer())),
+        ("provider-answer", ClientMessage::ProviderAnswer(answer())),
+        ("withdraw", ClientMessage::Withdraw { model_id: "custom/x".into() }),
     ]
 }
 
@@ -205,6 +253,21 @@ fn broker_messages() -> Vec<(&'static str, BrokerMessage)> {
         ("answer", BrokerMessage::Answer(answer())),
         ("status-report", BrokerMessage::Status(status())),
         ("shutting-down", BrokerMessage::ShuttingDown),
+        ("provided", BrokerMessage::Provided { generation: 1 << 63 }),
+        (
+            "provider-job",
+            BrokerMessage::ProviderJob(ProviderJob {
+                relay_id: 1,
+                generation: 1 << 63,
+                operation: Operation::Call,
+                priority: Priority::Interactive,
+                deadline_ns: 0,
+                attempts: 0,
+                payload: vec![1, 2],
+            }),
+        ),
+        ("provider-cancel", BrokerMessage::ProviderCancel { relay_id: 1 }),
+        ("withdrawn", BrokerMessage::Withdrawn),
     ]
 }
 

@@ -2,6 +2,7 @@
 //! handled, bounds are in [`crate::limits`]. The order of variants and fields is the encoding: append, never reorder.
 
 use super::cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
+use super::provider_messages::{Provide, ProvidedReport, ProviderJob};
 use super::task_messages::{Partial, TaskFacts};
 use crate::code::Code;
 use bincode::{Decode, Encode};
@@ -16,6 +17,8 @@ pub enum Operation {
     Tokenize = 2,
     /// As `Embed`, but computed whatever the cache holds, and not kept in it.
     EmbedFresh = 3,
+    /// Bytes to bytes, as a provided model understands them; no model of an engine does.
+    Call = 4,
     /// The first text with each of the others to scores; the answer is an embeddings payload with one row for each of the
     /// others.
     Rank = 5,
@@ -33,6 +36,7 @@ impl Operation {
             1 => Some(Operation::Embed),
             2 => Some(Operation::Tokenize),
             3 => Some(Operation::EmbedFresh),
+            4 => Some(Operation::Call),
             5 => Some(Operation::Rank),
             6 => Some(Operation::Classify),
             7 => Some(Operation::Generate),
@@ -150,6 +154,16 @@ pub enum ClientMessage {
     },
     /// Answered by [`BrokerMessage::Pong`].
     Ping,
+    /// Offers to compute a model; answered by [`BrokerMessage::Provided`].
+    Provide(Provide),
+    /// The answer of a [`BrokerMessage::ProviderJob`]; its `job_id` is the relay id, its times are not looked at.
+    ProviderAnswer(AnswerFrame),
+    /// Takes no further jobs of a model that this session provides; those it has are still answered. Answered by
+    /// [`BrokerMessage::Withdrawn`].
+    Withdraw {
+        /// The model.
+        model_id: String,
+    },
 }
 
 /// From the broker to a client.
@@ -174,6 +188,20 @@ pub enum BrokerMessage {
     ShuttingDown,
     /// Answer to a ping.
     Pong,
+    /// The session provides the model from now on.
+    Provided {
+        /// Under which jobs name it.
+        generation: u64,
+    },
+    /// A job for this provider.
+    ProviderJob(ProviderJob),
+    /// Nobody wants the answer of this job any more; it is still to be answered once.
+    ProviderCancel {
+        /// The job.
+        relay_id: u64,
+    },
+    /// No further jobs of the model come to this session.
+    Withdrawn,
     /// A piece of a text that is being generated.
     Partial(Partial),
 }
@@ -437,6 +465,8 @@ pub struct StatusReport {
     pub faults: u64,
     /// Open descriptors of the broker, for leak checks.
     pub open_descriptors: u32,
+    /// Models that clients' processes provide.
+    pub provided: Vec<ProvidedReport>,
 }
 
 /// From the broker to an engine.

@@ -82,6 +82,7 @@ pub const fn task_does(task: Task, operation: Operation) -> bool {
         Operation::Rank | Operation::Classify => matches!(task, Task::Classify),
         Operation::Generate => matches!(task, Task::TextToText | Task::Chat),
         Operation::Tokenize => matches!(task, Task::Embed | Task::Classify),
+        Operation::Call => false,
     }
 }
 

@@ -31,6 +31,15 @@ pub(crate) struct Answer {
     pub(crate) dim: usize,
     /// Which link it came over; to be named when the bytes turn out to be wrong.
     pub(crate) link_number: u64,
+    /// A client's process computed it, not an engine.
+    pub(crate) provided: bool,
+}
+
+impl Answer {
+    /// Whose answer it is, for messages.
+    pub(crate) fn peer(&self) -> &'static str {
+        if self.provided { "the provider" } else { "the engine" }
+    }
 }
 
 /// How a job was sent.
@@ -391,7 +400,7 @@ mod tests {
     }
 
     fn answer() -> Answer {
-        Answer { bytes: vec![], dim: 1, link_number: 1 }
+        Answer { bytes: vec![], dim: 1, link_number: 1, provided: false }
     }
 
     fn send_all(jobs: &mut Jobs, room: usize) -> Vec<u64> {

@@ -9,7 +9,7 @@ use crate::settings::Route;
 use crate::split::output_capacity_bytes;
 use shm_layout::code::Code;
 use shm_layout::lane::{ClientLane, Geometry, JobRequest, LaneFault, REGION_BYTES, SubmitError, Ticket};
-use shm_layout::wire::{ClientMessage, JobFrame, Leased, ModelDescription, Partial};
+use shm_layout::wire::{ClientMessage, JobFrame, Leased, ModelDescription, Partial, is_provided};
 use shm_os::Doorbell;
 use shm_os::lane_mapping::LaneMapping;
 use std::collections::HashMap;
@@ -101,6 +101,13 @@ impl Link {
 
     fn check(leased: &Leased, fds: Vec<OwnedFd>, route: Route) -> Result<Option<LaneEnd>, SdkError> {
         let fault = |what: String| SdkError::Fault { peer: "the broker", what };
+        if is_provided(leased.model.generation) {
+            // Its jobs travel as frames, whatever was asked for.
+            return match leased.model.output_dim {
+                0..=MAX_DIM => Ok(None),
+                dim => Err(fault(format!("it leased a model of {dim} dimensions"))),
+            };
+        }
         if !(1..=MAX_DIM).contains(&leased.model.output_dim) {
             return Err(fault(format!("it leased a model of {} dimensions", leased.model.output_dim)));
         }
@@ -125,6 +132,11 @@ impl Link {
         let client =
             ClientLane::new(Arc::clone(&mapping), Geometry::V1).map_err(|error| fault(error.to_string()))?;
         Ok(Some(LaneEnd { mapping, client, doorbell, tickets: HashMap::new() }))
+    }
+
+    /// Whether a client's process computes the model, not an engine.
+    pub(super) fn is_provided(&self) -> bool {
+        is_provided(self.model.generation)
     }
 
     pub(super) fn dim(&self) -> usize {

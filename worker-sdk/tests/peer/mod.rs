@@ -405,6 +405,7 @@ impl Broker {
                     engines: vec![],
                     sessions: vec![],
                     faults: 0,
+                    provided: vec![],
                     open_descriptors: 0,
                 };
                 stream.send(id, &BrokerMessage::Status(report), vec![], long).is_ok()

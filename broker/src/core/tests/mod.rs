@@ -1,5 +1,6 @@
 //! A world around a core, without processes: it does what the core says, and remembers what clients were told.
 
+mod provided;
 mod random;
 mod scripted;
 
@@ -10,7 +11,7 @@ use shm_layout::limits::MAX_JOB_ATTEMPTS;
 use shm_layout::wire::TaskFacts;
 use shm_layout::wire::{
     Acquire, AnswerFrame, BackingKind, CacheDescription, ClientMessage, FromEngine, Hello, JobFrame,
-    Operation, PROTOCOL_MAJOR, Priority, StatusReport,
+    Operation, PROTOCOL_MAJOR, Priority, Provide, ProviderJob, StatusReport,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -25,6 +26,7 @@ fn core_with(limits: Limits) -> Core {
         allow_other_users: false,
         caches: true,
         engine_saves: false,
+        provider_models: Vec::new(),
         own_uid: UID,
         boot_id: 1,
         broker_pid: 1,
@@ -56,6 +58,24 @@ fn hello() -> ClientMessage {
 
 fn acquire(model: &str, want_lane: bool, wait_ms: u32) -> ClientMessage {
     ClientMessage::Acquire(Acquire { model: model.into(), want_lane, want_image: !want_lane, wait_ms })
+}
+
+pub(super) fn offer(model_id: &str) -> Provide {
+    Provide {
+        model_id: model_id.into(),
+        kind: "test".into(),
+        description: "bytes to bytes".into(),
+        input_kind: "bytes".into(),
+        output_kind: "bytes".into(),
+        fingerprint: 1,
+        operations: vec![Operation::Call],
+        output_dim: 0,
+        max_seq_tokens: 0,
+        max_in_flight: 2,
+        max_input_bytes: 100,
+        max_output_bytes: 100,
+        job_timeout_ms: 1000,
+    }
 }
 
 fn job(lease_id: u64, job_id: u64, deadline_ns: u64) -> ClientMessage {
@@ -91,6 +111,10 @@ struct World {
     engine: Option<(u64, VecDeque<ToEngine>)>,
     engine_starts: bool,
     engines: usize,
+    /// Processes of providers that run.
+    processes: BTreeSet<usize>,
+    /// Jobs that providers have and have not answered.
+    given: BTreeMap<u64, VecDeque<ProviderJob>>,
     exited: bool,
     last_session: u64,
     last_request: u64,
@@ -116,6 +140,8 @@ impl World {
             engine: None,
             engine_starts: true,
             engines: 0,
+            processes: BTreeSet::new(),
+            given: BTreeMap::new(),
             exited: false,
             last_session: 0,
             last_request: 0,
@@ -144,6 +170,9 @@ impl World {
                         Attachment::Image(generation) => assert!(self.images.contains(&generation)),
                         Attachment::Cache(generation) => assert!(self.caches.contains(&generation)),
                     }
+                }
+                if let BrokerMessage::ProviderJob(job) = &message {
+                    self.given.entry(session).or_default().push_back(job.clone());
                 }
                 if self.open.contains(&session) {
                     self.told.entry(session).or_default().push((request_id, message));
@@ -212,6 +241,14 @@ impl World {
                 if let Some((_, inbox)) = &mut self.engine {
                     inbox.push_back(message);
                 }
+            }
+            Action::StartProvider { child } => {
+                self.processes.insert(child);
+            }
+            Action::KillProvider { child } => {
+                self.processes.remove(&child);
+                let exit = ChildExit::Signal(9);
+                self.events.push_back(Event::ProviderExited { child, exit });
             }
             Action::Exit => self.exited = true,
         }
