@@ -10,12 +10,13 @@ mod tokenize;
 pub use error::ModelError;
 pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 
-pub(crate) use tokenize::TextEncoder;
+pub(crate) use tokenize::{ImagePart, TextEncoder};
 
 use crate::config::EncoderConfig;
 use crate::kernel::{Breaks, Lookup, path_name, release_all_scratch};
 use crate::packing::Precision;
 use crate::threads::pool;
+use crate::unigram::Unigram;
 use network::{Network, Packed};
 use shm_layout::image::{
     CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES,
@@ -181,9 +182,30 @@ impl Model {
             let checked = CheckedImage::new(self.image.as_bytes())?;
             let missing = || ModelError::Inconsistent { what: "section tokenizer.json is missing".into() };
             let json = checked.section(SectionKind::Tokenizer).ok_or_else(missing)?;
+            // Tables that cannot be read are as good as none: the library reads the file that they were made from.
+            if let Some(tables) = self.place(checked.section(SectionKind::TokenizerTables))
+                && let Some(tables) = Unigram::open(Arc::clone(&self.image), tables)
+                && let Some(range) = self.place(Some(json))
+            {
+                let json = ImagePart { image: Arc::clone(&self.image), range };
+                return TextEncoder::over_tables(
+                    tables,
+                    json,
+                    self.network.config(),
+                    self.info.max_seq_tokens,
+                );
+            }
             TextEncoder::new(json, self.network.config(), self.info.max_seq_tokens, self.lower_case)
         };
         self.text_encoder.get_or_init(build).as_ref().map_err(ModelError::clone)
+    }
+
+    /// Where a section lies in the image.
+    fn place(&self, section: Option<&[u8]>) -> Option<Range<usize>> {
+        let section = section?;
+        let start =
+            (section.as_ptr() as usize).checked_sub(self.image.as_bytes().as_ptr() as usize)?;
+        Some(start..start.checked_add(section.len())?)
     }
 
     /// Tokenizes texts, each cut to the model's length. Texts may hold special tokens' names; they count as those tokens.
