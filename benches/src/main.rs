@@ -9,7 +9,9 @@ mod cache;
 mod clients16;
 mod fixture;
 mod infinity;
+mod kure_model;
 mod lane;
+mod large_model;
 mod machine;
 mod memory;
 mod mixed;
@@ -47,6 +49,8 @@ enum Bench {
     Ring(ring::Arguments),
     /// From nothing to ready: how long a worker needs until it can use a loaded model, small and large.
     Attach(attach::Arguments),
+    /// A KURE-v1-shaped model (2.3 GB): copies in memory, attaching, and a restart with a warm image.
+    LargeModel(large_model::Arguments),
     /// Copies of the weights, and what each process holds for itself, with 1, 4 and 16 workers.
     Memory(memory::Arguments),
     /// What it costs to have a text computed by the engine instead of in place.
@@ -82,6 +86,7 @@ fn main() -> anyhow::Result<()> {
     let report = match &arguments.bench {
         Bench::Ring(ring) => ring::run(ring)?,
         Bench::Attach(attach) => attach::run(attach)?,
+        Bench::LargeModel(large) => large_model::run(large)?,
         Bench::Memory(memory) => memory::run(memory)?,
         Bench::Lane(lane) => lane::run(lane)?,
         Bench::Cache(cache) => cache::run(cache)?,

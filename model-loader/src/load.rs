@@ -144,7 +144,10 @@ impl Images {
     pub(crate) fn open(folder: &Path) -> Result<Images, BackingError> {
         let files = ImageFile::open(folder)?;
         let stamps = PrivateFolder::open(folder).map_err(|error| {
-            BackingError::Os(OsError::new("opening the folder of images", io::Error::other(error.to_string())))
+            BackingError::Os(OsError::new(
+                "opening the folder of images",
+                io::Error::other(error.to_string()),
+            ))
         })?;
         Ok(Images { files, stamps })
     }
@@ -291,7 +294,9 @@ pub(crate) fn check_file(
     if let Some(before) = &before {
         let mapping = file.map().map_err(|_| engine::VerifyError::Hash)?;
         let claimed = CheckedImage::new(mapping.as_bytes())?.header().values().content_hash;
-        if stamp::holds(&images.stamps, key, before, &claimed, SystemTime::now()) && state().as_ref() == Some(before) {
+        if stamp::holds(&images.stamps, key, before, &claimed, SystemTime::now())
+            && state().as_ref() == Some(before)
+        {
             return Ok(());
         }
     }

@@ -175,7 +175,10 @@ mod tests {
         (&same).write_all(b"abd").unwrap();
         same.set_modified(modified).unwrap();
         let after = FileState::of(&file).unwrap();
-        assert_eq!((after.modified, after.inode, after.len_bytes), (state.modified, state.inode, state.len_bytes));
+        assert_eq!(
+            (after.modified, after.inode, after.len_bytes),
+            (state.modified, state.inode, state.len_bytes)
+        );
         assert_ne!(after.changed, state.changed);
     }
 
@@ -195,7 +198,9 @@ mod tests {
     fn whatever_lies_there_instead_holds_for_nothing() {
         let place = Place::new();
         let Some(state) = FileState::of(&place.file("abc")) else { return };
-        for content in ["", "x", &"y".repeat(5000), &state.text(&HASH), &format!("{}soon\n", state.text(&HASH))] {
+        for content in
+            ["", "x", &"y".repeat(5000), &state.text(&HASH), &format!("{}soon\n", state.text(&HASH))]
+        {
             place.folder.replace(&name(&place.key), |file| file.write_all(content.as_bytes())).unwrap();
             assert!(!place.holds(&state), "{content:?}");
         }

@@ -203,7 +203,8 @@ fn cache_folder() -> Result<String, String> {
 /// Reads every compiled image and checks its hash.
 fn images() -> Check {
     const NAME: &str = "compiled images";
-    const FIX: &str = "none: damaged images were removed and are compiled again when they are needed; check the disk";
+    const FIX: &str =
+        "none: damaged images were removed and are compiled again when they are needed; check the disk";
     let found = model_source::default_cache_dir()
         .map_err(text)
         .and_then(|folder| model_loader::verify_cached_images(&folder).map_err(text));

@@ -35,6 +35,12 @@ impl EncodedText {
         &self.type_ids
     }
 
+    /// Drops all tokens behind the first `tokens`.
+    pub(crate) fn cut(&mut self, tokens: usize) {
+        self.ids.truncate(tokens);
+        self.type_ids.truncate(tokens);
+    }
+
     /// Tokens of the whole text with special tokens, before it was cut.
     pub fn total_tokens(&self) -> usize {
         self.total_tokens

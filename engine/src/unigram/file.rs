@@ -33,7 +33,8 @@ pub(super) fn read(json: &[u8]) -> Option<Parts<'_>> {
     if file.version != VERSION || model.kind != "Unigram" || model.byte_fallback.unwrap_or(false) {
         return None;
     }
-    let pieces: Vec<(Cow<'_, str>, f64)> = model.vocab.into_iter().map(|piece| (piece.0.0, piece.1)).collect();
+    let pieces: Vec<(Cow<'_, str>, f64)> =
+        model.vocab.into_iter().map(|piece| (piece.0.0, piece.1)).collect();
     let unknown_id = model.unk_id.filter(|id| (*id as usize) < pieces.len())?;
     if pieces.iter().any(|(_, score)| !score.is_finite()) {
         return None;

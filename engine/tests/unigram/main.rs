@@ -49,8 +49,9 @@ impl Pair {
 
 /// Pieces with scores: characters of several scripts, words and parts of words, some with equal scores.
 fn pieces() -> Vec<(String, f64)> {
-    let mut all: Vec<(String, f64)> =
-        [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)].map(|(p, s)| (p.to_owned(), s)).to_vec();
+    let mut all: Vec<(String, f64)> = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+        .map(|(p, s)| (p.to_owned(), s))
+        .to_vec();
     let mut add = |piece: &str, score: f64| {
         if all.iter().all(|(known, _)| known != piece) {
             all.push((piece.to_owned(), score));
@@ -63,12 +64,15 @@ fn pieces() -> Vec<(String, f64)> {
         add(&format!("▁{word}"), -4.0 - rank as f64 * 0.125);
         add(word, -5.0 - rank as f64 * 0.125);
     }
-    let letters = "abcdefghijklmnoprstuvwyzABCDEéüßøżабвгдежαβγδ中文字符测试日本語한국어가나다라,.!?-'\"()123▁ﷺ";
+    let letters =
+        "abcdefghijklmnoprstuvwyzABCDEéüßøżабвгдежαβγδ中文字符测试日本語한국어가나다라,.!?-'\"()123▁ﷺ";
     for (rank, letter) in letters.chars().enumerate() {
         add(&letter.to_string(), -8.0 - (rank % 7) as f64 * 0.25);
         add(&format!("▁{letter}"), -9.0 - (rank % 5) as f64 * 0.25);
     }
-    for (piece, score) in [("中文", -6.0), ("日本語", -6.5), ("한국", -7.0), ("▁▁", -7.5), ("ab", -16.0), ("xx", -60.0)] {
+    for (piece, score) in
+        [("中文", -6.0), ("日本語", -6.5), ("한국", -7.0), ("▁▁", -7.5), ("ab", -16.0), ("xx", -60.0)]
+    {
         add(piece, score);
     }
     add("<mask>", 0.0);
@@ -136,10 +140,66 @@ fn covered() -> Vec<Value> {
 static PAIRS: LazyLock<Vec<Pair>> = LazyLock::new(|| covered().iter().map(Pair::new).collect());
 
 const SNIPPETS: &[&str] = &[
-    "the", "The", "tokenization", " ", "  ", "   ", "\t", "\n", "\r\n", "\u{3000}", "▁", "▁▁", "<s>", "<mask>", " <mask> ", "<unk>", "<new>",
-    "é", "e\u{301}", "\u{301}", "中文字符", "日本語", "한국어", "\u{1112}\u{1161}\u{11ab}", "ﷺ", "ﬁ", "①", "Ａ", "xx", "q", "👨\u{200d}👩\u{200d}👧",
-    "🇩🇪🇫🇷", "\u{600}1", "\u{200b}", "\0", "\u{7f}", "\u{fffd}", "żółć", "abab", "ab", "ʼn", "…", "½", "Ǆ", "\u{feff}", "\u{85}", "़", "क्षि", "ไทย",
-    "<", "s>", "-", ".", "!?", "123", "9", "ſ", "İ", "K", "ß",
+    "the",
+    "The",
+    "tokenization",
+    " ",
+    "  ",
+    "   ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\u{3000}",
+    "▁",
+    "▁▁",
+    "<s>",
+    "<mask>",
+    " <mask> ",
+    "<unk>",
+    "<new>",
+    "é",
+    "e\u{301}",
+    "\u{301}",
+    "中文字符",
+    "日本語",
+    "한국어",
+    "\u{1112}\u{1161}\u{11ab}",
+    "ﷺ",
+    "ﬁ",
+    "①",
+    "Ａ",
+    "xx",
+    "q",
+    "👨\u{200d}👩\u{200d}👧",
+    "🇩🇪🇫🇷",
+    "\u{600}1",
+    "\u{200b}",
+    "\0",
+    "\u{7f}",
+    "\u{fffd}",
+    "żółć",
+    "abab",
+    "ab",
+    "ʼn",
+    "…",
+    "½",
+    "Ǆ",
+    "\u{feff}",
+    "\u{85}",
+    "़",
+    "क्षि",
+    "ไทย",
+    "<",
+    "s>",
+    "-",
+    ".",
+    "!?",
+    "123",
+    "9",
+    "ſ",
+    "İ",
+    "K",
+    "ß",
 ];
 
 #[test]
@@ -200,7 +260,8 @@ fn special_tokens_around_a_text_are_the_files() {
 
 #[test]
 fn what_is_not_done_exactly_is_not_covered() {
-    let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": true});
+    let metaspace =
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": true});
     let cases = [
         ("/model/type", json!("BPE")),
         ("/model/byte_fallback", json!(true)),
