@@ -13,6 +13,7 @@ mod kure_model;
 mod lane;
 mod large_model;
 mod machine;
+mod managers;
 mod memory;
 mod mixed;
 mod peers;
@@ -57,6 +58,8 @@ enum Bench {
     Lane(lane::Arguments),
     /// A text that was embedded before, answered from the cache, beside the same text computed.
     Cache(cache::Arguments),
+    /// Twenty embedding managers in one process, from threads and in processes, against twenty SentenceTransformer loads.
+    Managers(managers::Arguments),
     /// Twenty processes that each want the model, against twenty loads with sentence-transformers.
     Processes20(processes20::Arguments),
     /// Texts a second, against sentence-transformers.
@@ -87,6 +90,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Ring(ring) => ring::run(ring)?,
         Bench::Attach(attach) => attach::run(attach)?,
         Bench::LargeModel(large) => large_model::run(large)?,
+        Bench::Managers(managers) => managers::run(managers)?,
         Bench::Memory(memory) => memory::run(memory)?,
         Bench::Lane(lane) => lane::run(lane)?,
         Bench::Cache(cache) => cache::run(cache)?,

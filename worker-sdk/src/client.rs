@@ -226,6 +226,13 @@ impl ClientBuilder {
         self
     }
 
+    /// Where models that are loaded in this process ([`Fallback::Local`]) and their compiled images are cached, instead of
+    /// what `MODELBROKER_CACHE_DIR` says. The broker's own folder is best: then nothing is compiled twice.
+    pub fn cache_dir(mut self, folder: impl Into<PathBuf>) -> ClientBuilder {
+        self.settings.cache_dir = Some(folder.into());
+        self
+    }
+
     /// How long a broker started by this client stays when it has no client at all (30 minutes).
     pub fn broker_idle_exit(mut self, idle: Duration) -> ClientBuilder {
         self.settings.broker_idle_exit = idle;

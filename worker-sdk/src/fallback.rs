@@ -14,6 +14,7 @@ use model_loader::{LoadRequest, PrecisionChoice, load_image};
 use model_source::SourceOptions;
 use shm_layout::code::Code;
 use shm_layout::wire::{BackingKind, LoadProgress, ModelDescription};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,7 @@ pub(crate) struct PrivateWay {
     /// Sharing is switched off for this program: there is nothing to return to.
     forced: bool,
     name: String,
+    cache_dir: Option<PathBuf>,
     states: ForkCell<State>,
 }
 
@@ -75,8 +77,8 @@ pub(crate) fn is_reason(error: &SdkError) -> bool {
 }
 
 impl PrivateWay {
-    pub(crate) fn new(name: String, forced: bool) -> PrivateWay {
-        PrivateWay { forced, name, states: ForkCell::new() }
+    pub(crate) fn new(name: String, forced: bool, cache_dir: Option<PathBuf>) -> PrivateWay {
+        PrivateWay { forced, name, cache_dir, states: ForkCell::new() }
     }
 
     fn state(&self) -> Arc<State> {
@@ -171,7 +173,8 @@ impl PrivateWay {
             return Ok(model);
         }
         let shared = state.lock().shared.clone();
-        let loaded = check_process().and_then(|()| load(&self.name, shared.as_deref(), progress));
+        let loaded = check_process()
+            .and_then(|()| load(&self.name, self.cache_dir.as_deref(), shared.as_deref(), progress));
         match (loaded, because) {
             (Ok(model), _) => {
                 let model = Arc::new(model);
@@ -205,6 +208,7 @@ impl Now {
 /// lies. Processes that do this share its pages through the page cache, but not their tokenizers and activations.
 fn load(
     name: &str,
+    cache_dir: Option<&Path>,
     shared: Option<&ModelDescription>,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Computer, SdkError> {
@@ -219,7 +223,10 @@ fn load(
         Some(name) => precision(&name)?,
         None => PrecisionChoice::default(),
     };
-    let source = SourceOptions::from_env().map_err(|error| failed(&error))?;
+    let mut source = SourceOptions::from_env().map_err(|error| failed(&error))?;
+    if let Some(folder) = cache_dir {
+        source.cache_dir = folder.to_owned();
+    }
     let request = LoadRequest { reference, precision, backing: BackingKind::ImageFile.into(), source };
     let loaded = load_image(&request, progress).map_err(|error| failed(&error))?;
     let computer = Computer::new(loaded.image.map().map_err(|error| failed(&error))?)?;

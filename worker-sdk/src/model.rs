@@ -80,7 +80,7 @@ impl Model {
             client: client.clone(),
             #[cfg(feature = "local")]
             private: (!shares || fallback == Fallback::Local)
-                .then(|| PrivateWay::new(wanted.name.clone(), !shares)),
+                .then(|| PrivateWay::new(wanted.name.clone(), !shares, core.settings.cache_dir.clone())),
             request: wanted,
             seats: ForkCell::new(),
         };

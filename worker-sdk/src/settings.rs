@@ -62,6 +62,8 @@ pub(crate) struct Settings {
     /// What happens when the shared model cannot be had.
     pub(crate) fallback: Fallback,
     pub(crate) sharing: Sharing,
+    /// Where models that are loaded in this process are cached; as the environment says where it is `None`.
+    pub(crate) cache_dir: Option<PathBuf>,
     /// What is wrong with the environment; told when connecting, unless the caller sets what it was about.
     pub(crate) problems: Vec<SdkError>,
     pub(crate) broker_idle_exit: Duration,
@@ -94,6 +96,7 @@ impl Settings {
                 problems.push(problem);
                 Sharing::default()
             }),
+            cache_dir: None,
             problems: Vec::new(),
             broker_idle_exit: DEFAULT_BROKER_IDLE_EXIT,
             peer: AllowedPeer::SameUser,
