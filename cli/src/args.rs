@@ -47,7 +47,7 @@ pub(crate) enum Command {
     /// Generate load and measure it
     Load(LoadArgs),
     /// Say what is wrong with this machine or setup, and how to fix it
-    Doctor(JsonArgs),
+    Doctor(DoctorArgs),
     /// Show the main job end to end: one copy of a model, many processes
     Demo(DemoArgs),
     /// Compute jobs (started by the broker)
@@ -67,6 +67,8 @@ pub(crate) enum Command {
 /// What holds an image's pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Backing {
+    /// By size: memfd below 512 MiB, file from there on
+    Auto,
     /// A sealed memory object: nobody can change it, not even its owner
     Memfd,
     /// A read-only file in the cache folder: a restart maps it again at once
@@ -120,7 +122,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) cache_dir: Option<PathBuf>,
     /// What images lie in
-    #[arg(long, value_enum, default_value = "memfd")]
+    #[arg(long, value_enum, default_value = "auto")]
     pub(crate) backing: Backing,
     /// Precision of models that are asked for without one; a model's name may end in `:f32`, `:bf16`, `:int8` or `:auto`
     #[arg(long, value_enum, env = "MODELBROKER_PRECISION", hide_env_values = true, default_value = "f32")]
@@ -184,6 +186,17 @@ pub(crate) struct StopArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct JsonArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What `doctor` looks at.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Also read every compiled image in the cache and check its hash; damaged ones are removed
+    #[arg(long)]
+    pub(crate) images: bool,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

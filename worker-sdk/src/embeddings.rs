@@ -1,6 +1,7 @@
 //! What comes back from `embed`: vectors with what made them. How they travel is `shm_layout::payload`'s.
 
 use crate::error::SdkError;
+use crate::sharing::Way;
 
 /// How far from one the norm of a vector may be that was made of norm one.
 const UNIT_TOLERANCE: f64 = 1e-3;
@@ -12,12 +13,13 @@ pub struct Embeddings {
     fingerprint: u64,
     cached: Vec<bool>,
     values: Vec<f32>,
+    way: Way,
 }
 
 impl Embeddings {
     pub(crate) fn with_capacity(dim: usize, fingerprint: u64, rows: usize) -> Embeddings {
         let values = Vec::with_capacity(rows.saturating_mul(dim));
-        Embeddings { dim, fingerprint, cached: Vec::with_capacity(rows), values }
+        Embeddings { dim, fingerprint, cached: Vec::with_capacity(rows), values, way: Way::Shared }
     }
 
     pub(crate) fn from_parts(
@@ -27,7 +29,7 @@ impl Embeddings {
         values: Vec<f32>,
     ) -> Embeddings {
         debug_assert_eq!(cached.len() * dim, values.len());
-        Embeddings { dim, fingerprint, cached, values }
+        Embeddings { dim, fingerprint, cached, values, way: Way::Shared }
     }
 
     pub(crate) fn append(&mut self, mut rows: Embeddings) {
@@ -60,7 +62,7 @@ impl Embeddings {
             let factor = if is_unit { 1.0 / length } else { 1.0 };
             values.extend(short.iter().map(|x| (f64::from(*x) * factor) as f32));
         }
-        Ok(Embeddings { dim: dimensions, fingerprint: self.fingerprint, cached: self.cached, values })
+        Ok(Embeddings { dim: dimensions, values, ..self })
     }
 
     /// Vectors.
@@ -99,6 +101,19 @@ impl Embeddings {
     pub fn rows(&self) -> std::slice::ChunksExact<'_, f32> {
         // A model has at least one dimension; an empty result of an unknown model must not panic all the same.
         self.values.chunks_exact(self.dim.max(1))
+    }
+
+    #[cfg(feature = "local")]
+    pub(crate) fn computed_privately(mut self) -> Embeddings {
+        self.way = Way::Private;
+        self
+    }
+
+    /// Whether the shared model gave these vectors, or one that this process had to load for itself
+    /// ([`crate::Fallback::Local`]). They are the same bit for bit.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        self.way
     }
 
     /// For each vector, whether it came from a cache.

@@ -190,7 +190,7 @@ impl Client {
     pub fn provide(&self, spec: ProviderSpec) -> Result<Provider, SdkError> {
         let (offer, threads) = spec.finish()?;
         let core = self.core();
-        let deadline = Deadline::after(Some(core.settings.patience));
+        let deadline = Deadline::after(Some(core.settings.patience()));
         // Starts a broker where that is allowed and none runs.
         core.session(core.settings.start, deadline, &mut |_| {})?;
         let link = Link::register(&core.settings, &offer, deadline)?;

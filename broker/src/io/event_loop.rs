@@ -9,7 +9,7 @@ use super::perform::LaneDescriptors;
 use super::providers::ProviderProcesses;
 use crate::config::{BrokerConfig, Limits};
 use crate::core::{Core, CoreConfig, Event, nanos};
-use shm_layout::wire::BackingKind;
+use shm_os::image_backing::BackingChoice;
 use shm_os::process::monotonic_ns;
 use shm_os::run_dir::effective_uid;
 use shm_os::socket::Listener;
@@ -82,7 +82,7 @@ pub(crate) struct EventLoop {
     pub(crate) bounds: ConnectionBounds,
     pub(crate) engine_command: Vec<OsString>,
     pub(crate) loader_command: Vec<OsString>,
-    pub(crate) backing: BackingKind,
+    pub(crate) backing: BackingChoice,
     pub(crate) cache_dir: PathBuf,
     pub(crate) poller: Poller,
     pub(crate) listener: Listener,

@@ -5,7 +5,7 @@ use crate::failure::{Exit, Failure};
 use crate::logging;
 use broker::BrokerConfig;
 use model_loader::PrecisionChoice;
-use shm_layout::wire::BackingKind;
+use shm_os::image_backing::{BackingChoice, BackingKind};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
@@ -15,12 +15,13 @@ use std::time::Duration;
 /// Folder of saved vectors in the cache folder.
 const VECTORS_FOLDER: &str = "vectors";
 
-impl From<Backing> for BackingKind {
-    fn from(backing: Backing) -> BackingKind {
+impl From<Backing> for BackingChoice {
+    fn from(backing: Backing) -> BackingChoice {
         match backing {
-            Backing::Memfd => BackingKind::SealedMemfd,
-            Backing::File => BackingKind::ImageFile,
-            Backing::PosixShm => BackingKind::PosixShm,
+            Backing::Auto => BackingChoice::Auto,
+            Backing::Memfd => BackingKind::SealedMemfd.into(),
+            Backing::File => BackingKind::ImageFile.into(),
+            Backing::PosixShm => BackingKind::PosixShm.into(),
         }
     }
 }

@@ -351,6 +351,10 @@ impl Broker {
         let long = Duration::from_secs(20);
         let stream = &mut connection.stream;
         match message {
+            // This peer knows nothing of providers.
+            ClientMessage::Provide(_) | ClientMessage::ProviderAnswer(_) | ClientMessage::Withdraw { .. } => {
+                false
+            }
             ClientMessage::Hello(hello) => {
                 assert_eq!(hello.layout_hash, shm_layout::lane::LAYOUT_HASH);
                 let welcome = Welcome {
