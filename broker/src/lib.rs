@@ -17,6 +17,9 @@ mod error;
 mod io;
 mod server;
 
-pub use config::{BrokerConfig, DEFAULT_CACHE_ENTRIES, DEFAULT_CACHE_TTL, Limits};
+pub use config::{
+    BrokerConfig, DEFAULT_CACHE_ENTRIES, DEFAULT_CACHE_TTL, DEFAULT_MAX_SHARED_MODELS, DEFAULT_UNLOAD_AFTER,
+    DeviceChoice, Limits, ModelKind, ModelSettings, UnknownDevice, UnknownKind,
+};
 pub use error::BrokerError;
 pub use server::run;
