@@ -1,6 +1,7 @@
 //! What a broker is told at its start, and every bound it holds to. No I/O: folders and sockets are touched in
 //! `run_folder` and `server`.
 
+use crate::reloaded::ReadAgain;
 use shm_layout::wire::BackingKind;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -200,6 +201,8 @@ pub struct BrokerConfig {
     pub log_model_usage: bool,
     /// Called once, when the socket accepts connections.
     pub on_ready: Option<Box<dyn FnOnce() + Send>>,
+    /// Reads the configuration again, for SIGHUP and for clients that ask for it; `None`: they are told that it cannot be.
+    pub on_reload: Option<ReadAgain>,
 }
 
 impl BrokerConfig {
@@ -236,6 +239,7 @@ impl BrokerConfig {
             memory_budget_bytes: None,
             log_model_usage: true,
             on_ready: None,
+            on_reload: None,
         }
     }
 }

@@ -6,15 +6,18 @@
 //! | `config` | settings and every bound |
 //! | `core` | every decision, as one state machine without I/O: events in, actions out |
 //! | `io` | sockets, child processes and descriptors around it: one thread, one poller |
+//! | `reloaded` | what a configuration that is read again can change |
 //! | `server` | start and end: folder, lock, socket, signals |
 //!
-//! What must not be here: model folders, tokenizers, kernels, HTTP, unsafe code, a second thread.
+//! What must not be here: model folders, tokenizers, kernels, HTTP, unsafe code, a second
+//! thread but the one that waits for a configuration to be read again.
 #![forbid(unsafe_code)]
 
 mod config;
 mod core;
 mod error;
 mod io;
+mod reloaded;
 mod server;
 
 pub use config::{
@@ -22,4 +25,5 @@ pub use config::{
     DeviceChoice, Limits, ModelKind, ModelSettings, UnknownDevice, UnknownKind,
 };
 pub use error::BrokerError;
+pub use reloaded::{LiveSettings, ReadAgain, Reloaded};
 pub use server::run;

@@ -28,6 +28,8 @@ pub struct FlagValue {
 pub struct Sources {
     /// The configuration file, if there is one.
     pub file: Option<ConfigFile>,
+    /// Why a file that there is could not be read; the other layers are judged all the same.
+    pub unreadable: Option<Problem>,
     /// The environment; an empty value counts as unset.
     pub environment: Vec<(OsString, OsString)>,
     /// The command line.
@@ -101,6 +103,9 @@ struct Said {
 /// [`Problems`]: all of them, of all layers, those included whose value another layer overrides.
 pub fn resolve(sources: &Sources) -> Result<Effective, Problems> {
     let mut problems = Problems::default();
+    if let Some(problem) = &sources.unreadable {
+        problems.push(problem.clone());
+    }
     let from_file = match &sources.file {
         Some(file) => file::entries(file, &mut problems).map(|entries| {
             let said = |entry: file::FileEntry| Said {
@@ -110,7 +115,7 @@ pub fn resolve(sources: &Sources) -> Result<Effective, Problems> {
             };
             entries.into_iter().map(said).collect()
         }),
-        None => Some(Vec::new()),
+        None => sources.unreadable.is_none().then(Vec::new),
     };
     let file_is_known = from_file.is_some();
     let from_file: Vec<Said> = from_file.unwrap_or_default();

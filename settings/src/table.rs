@@ -196,14 +196,16 @@ const TABLE: &[Spec] = &[
         Preset::Whole(1800),
         Now,
         "how long a model that nobody uses stays loaded; 0 = for ever",
-    ),
+    )
+    .flag("--unload-after"),
     spec(
         "sharing.max_shared_models",
         Whole(0, MAX_SHARED_MODELS, "models"),
         Preset::Whole(5),
         Now,
         "models loaded at once; the one idle for longest leaves first; 0 = no such bound",
-    ),
+    )
+    .flag("--max-models"),
     spec(
         "sharing.fallback",
         Choice(FALLBACKS),

@@ -17,6 +17,7 @@ fn sources(file: &str, environment: &[(&str, &str)], flags: &[(&str, &str, &str)
             })
             .collect(),
         home: Some("/home/u".into()),
+        unreadable: None,
     }
 }
 

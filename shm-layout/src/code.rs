@@ -89,6 +89,8 @@ codes! {
     BadResult = 41, "BAD_RESULT";
     /// A failure inside the peer that none of the others names.
     Internal = 42, "INTERNAL";
+    /// The configuration cannot be used; what held before holds on.
+    ConfigInvalid = 50, "CONFIG_INVALID";
 }
 
 // In a frame a code is its number as a u16, so that the numbers above are the whole of its encoding.

@@ -389,6 +389,8 @@ fn limits_document_is_what_the_constants_say() {
         ("sdk-split", constants("worker-sdk/src/split.rs", any)),
         ("sdk-seat", constants("worker-sdk/src/seat.rs", any)),
         ("pipeline", constants("doc-pipeline/src/limits.rs", any)),
+        ("settings", constants("settings/src/limits.rs", any)),
+        ("reload", constants("broker/src/core/reconfigure.rs", max)),
     ];
     check("limits.md", &parts);
 }

@@ -85,6 +85,7 @@ mod client;
 mod connect;
 mod embeddings;
 mod error;
+mod error_body;
 mod fork_cell;
 mod job;
 mod model;
@@ -100,6 +101,7 @@ pub use attach::AttachedModel;
 pub use client::{Client, ClientBuilder};
 pub use embeddings::Embeddings;
 pub use error::SdkError;
+pub use error_body::{About, ErrorBody, ErrorCode, ErrorRow, row_of_code, row_of_error};
 pub use job::Job;
 pub use model::Model;
 pub use settings::{
@@ -108,5 +110,7 @@ pub use settings::{
 };
 pub use shm_layout::code::Code;
 pub use shm_layout::payload::PayloadError;
-pub use shm_layout::wire::{LoadProgress, ModelDescription, Priority, StatusReport, Welcome};
+pub use shm_layout::wire::{
+    ConfigurationReloaded, LoadProgress, ModelDescription, Priority, StatusReport, Welcome,
+};
 pub use shm_os::socket::AllowedPeer;

@@ -9,8 +9,8 @@ use crate::time::{Deadline, SLICE};
 use shm_layout::code::Code;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::wire::{
-    AnswerFrame, BrokerMessage, ClientMessage, FrameHead, Hello, JobFrame, Leased, LoadProgress,
-    PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, StatusReport, Welcome, decode_body,
+    AnswerFrame, BrokerMessage, ClientMessage, ConfigurationReloaded, FrameHead, Hello, JobFrame, Leased,
+    LoadProgress, PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, StatusReport, Welcome, decode_body,
 };
 use shm_os::framed::{Fill, Flush, FramedError, FramedStream};
 use shm_os::{Interest, PollEvent, Poller};
@@ -31,6 +31,7 @@ pub(crate) enum Reply {
     Leased(Leased, Vec<OwnedFd>),
     Released,
     Status(Box<StatusReport>),
+    ConfigurationReloaded(ConfigurationReloaded),
     ShuttingDown,
     Pong,
 }
@@ -437,6 +438,9 @@ impl Session {
             },
             BrokerMessage::Released => drop(settle(inner, id, Ok(Reply::Released))),
             BrokerMessage::Status(report) => drop(settle(inner, id, Ok(Reply::Status(Box::new(report))))),
+            BrokerMessage::ConfigurationReloaded(what) => {
+                let _ = settle(inner, id, Ok(Reply::ConfigurationReloaded(what)));
+            }
             BrokerMessage::ShuttingDown => drop(settle(inner, id, Ok(Reply::ShuttingDown))),
             BrokerMessage::Pong => drop(settle(inner, id, Ok(Reply::Pong))),
         }

@@ -68,6 +68,7 @@ impl Core {
                 self.send(session, request_id, BrokerMessage::ShuttingDown);
                 self.begin_leaving(now_ns, std::time::Duration::from_millis(u64::from(drain_ms)));
             }
+            (true, ClientMessage::ReloadConfiguration) => self.reload_wanted(session, request_id, is_owner),
             (true, ClientMessage::Ping) => self.send(session, request_id, BrokerMessage::Pong),
         }
     }
@@ -140,6 +141,7 @@ impl Core {
         debug!(session, pid = ended.pid, client = ended.client_name, "session ended");
         self.models.take_waiters(|w| w.session == session);
         self.status.forget(session);
+        self.forget_reloads(session);
         for relay_id in self.relay.session_gone(session) {
             self.tell_engine(ToEngine::CancelJob { relay_id }, Vec::new());
         }

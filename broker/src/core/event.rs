@@ -1,11 +1,14 @@
 //! What happens to the broker and what it does about it, as data: the only language between the decisions in `core` and
 //! the I/O around them.
 
+use crate::reloaded::Reloaded;
 use shm_layout::code::Code;
 use shm_layout::wire::{
     BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, ClientMessage, FromEngine, LoadProgress,
     ToEngine,
 };
+use std::ffi::OsString;
+use std::time::Duration;
 
 /// How a child process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +103,10 @@ pub(crate) enum Event {
     EngineExited { incarnation: u64, exit: ChildExit },
     /// SIGTERM or SIGINT arrived.
     StopSignal,
+    /// SIGHUP arrived.
+    ReloadSignal,
+    /// The configuration was read again, or cannot be used, for the reason given.
+    ConfigurationRead(Box<Result<Reloaded, String>>),
     /// Nothing but time has passed.
     Tick,
 }
@@ -146,6 +153,10 @@ pub(crate) enum Action {
     KillEngine { incarnation: u64 },
     /// Queue a frame for the engine.
     ToEngine { message: ToEngine, attachments: Vec<Attachment> },
+    /// Read the configuration again; answered by [`Event::ConfigurationRead`].
+    ReadConfiguration,
+    /// From now on load and make caches so.
+    Reconfigure { loader_command: Vec<OsString>, cache_entries: usize, cache_ttl: Duration },
     /// Write out what is queued, then leave.
     Exit,
 }

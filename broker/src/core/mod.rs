@@ -9,6 +9,7 @@
 //! | `caches` | vector caches: made before their generation is served, filled by what engines say |
 //! | `serving` | the engine: start, hand-over of models, lanes and jobs, death and restart |
 //! | `leaving` | draining, idle exit, the end |
+//! | `reconfigure` | reading the configuration again: one at a time, and what it changes |
 //! | `status` | the report |
 //! | `session`, `models`, `leases`, `lanes`, `relay`, `engine` | the bookkeeping that these share |
 
@@ -22,6 +23,7 @@ mod lanes;
 mod leases;
 mod leaving;
 mod models;
+mod reconfigure;
 mod relay;
 mod serving;
 mod session;
@@ -66,6 +68,7 @@ pub(crate) struct Core {
     engine: engine::Engine,
     leaving: leaving::Leaving,
     status: status::StatusWaiters,
+    reconfigure: reconfigure::Reconfigure,
     last_load_id: u64,
     faults: u64,
     /// Since when there has been no session.
@@ -87,6 +90,7 @@ impl Core {
             engine: engine::Engine::default(),
             leaving: leaving::Leaving::default(),
             status: status::StatusWaiters::default(),
+            reconfigure: reconfigure::Reconfigure::default(),
             last_load_id: 0,
             faults: 0,
             idle_since_ns: Some(now_ns),
@@ -145,6 +149,8 @@ impl Core {
                 let orderly = exit == ChildExit::Status(0) && self.engine.drain_sent;
                 self.engine_dead(now_ns, incarnation, format!("the engine {exit}"), orderly);
             }
+            Event::ReloadSignal => self.reload_signal(),
+            Event::ConfigurationRead(outcome) => self.configuration_read(now_ns, *outcome),
             Event::StopSignal => self.stop_signal(now_ns),
             Event::Tick => {}
         }

@@ -6,8 +6,10 @@ use super::children::{Child, EngineLink};
 use super::clients::reserve;
 use super::connection::{Connection, ConnectionBounds};
 use super::perform::LaneDescriptors;
+use super::reload::Reloader;
 use crate::config::{BrokerConfig, Limits};
 use crate::core::{Core, CoreConfig, Event, nanos};
+use crate::reloaded::ReadAgain;
 use shm_layout::wire::BackingKind;
 use shm_os::process::monotonic_ns;
 use shm_os::run_dir::effective_uid;
@@ -34,6 +36,8 @@ pub(crate) enum Token {
     LoaderPid(u64),
     EngineLink(u64),
     EnginePid(u64),
+    Hangups,
+    Reloader,
 }
 
 /// Bits of a token's id; the kind lies above. Ids count up from 1 and never come near.
@@ -50,6 +54,8 @@ impl Token {
             Token::LoaderPid(id) => (5, id),
             Token::EngineLink(id) => (6, id),
             Token::EnginePid(id) => (7, id),
+            Token::Hangups => (8, 0),
+            Token::Reloader => (9, 0),
         };
         kind << ID_BITS | id
     }
@@ -65,6 +71,8 @@ impl Token {
             5 => Token::LoaderPid(id),
             6 => Token::EngineLink(id),
             7 => Token::EnginePid(id),
+            8 => Token::Hangups,
+            9 => Token::Reloader,
             _ => return None,
         })
     }
@@ -84,6 +92,9 @@ pub(crate) struct EventLoop {
     pub(crate) accepting: bool,
     pub(crate) reserve: Option<File>,
     signals: UnixStream,
+    hangups: UnixStream,
+    pub(crate) on_reload: Option<ReadAgain>,
+    pub(crate) reloader: Option<Reloader>,
     /// The time of this turn.
     pub(crate) now_ns: u64,
     pub(crate) events: VecDeque<Event>,
@@ -108,7 +119,7 @@ pub(crate) struct EventLoop {
 }
 
 impl EventLoop {
-    /// Everything set up, nothing begun. `signals` becomes readable with each stop signal.
+    /// Everything set up, nothing begun. `signals` becomes readable with each stop signal, `hangups` with each SIGHUP.
     ///
     /// # Errors
     /// [`OsError`] when the poller cannot be made.
@@ -116,10 +127,12 @@ impl EventLoop {
         config: BrokerConfig,
         listener: Listener,
         signals: UnixStream,
+        hangups: UnixStream,
     ) -> Result<EventLoop, OsError> {
         let poller = Poller::new()?;
         poller.add(&listener, Token::Listener.pack(), Interest::READABLE)?;
         poller.add(&signals, Token::Signals.pack(), Interest::READABLE)?;
+        poller.add(&hangups, Token::Hangups.pack(), Interest::READABLE)?;
         let now_ns = monotonic_ns();
         let core = Core::new(
             CoreConfig {
@@ -154,6 +167,9 @@ impl EventLoop {
             accepting: true,
             reserve: reserve(),
             signals,
+            hangups,
+            on_reload: config.on_reload,
+            reloader: None,
             now_ns,
             events: VecDeque::new(),
             connections: HashMap::new(),
@@ -262,6 +278,13 @@ impl EventLoop {
                 let count = (&self.signals).read(&mut bytes).unwrap_or(0);
                 self.events.extend((0..count).map(|_| Event::StopSignal));
             }
+            Some(Token::Hangups) => {
+                // Several that came at once are one: the reading comes after all of them.
+                if (&self.hangups).read(&mut [0; 64]).is_ok_and(|count| count > 0) {
+                    self.events.push_back(Event::ReloadSignal);
+                }
+            }
+            Some(Token::Reloader) => self.reloader_ready(),
             Some(Token::Client(session)) => {
                 if event.readable || ended {
                     self.client_ready(session, ended);
@@ -337,6 +360,10 @@ impl EventLoop {
             Some(Token::Signals) => {
                 let _ = self.poller.remove(&self.signals);
             }
+            Some(Token::Hangups) => {
+                let _ = self.poller.remove(&self.hangups);
+            }
+            Some(Token::Reloader) => self.end_reloader(),
             Some(Token::EngineLink(_) | Token::EnginePid(_)) => self.end_engine(),
             Some(Token::LoaderLink(load_id) | Token::LoaderPid(load_id)) => {
                 if let Some(mut child) = self.loaders.remove(&load_id) {
@@ -378,6 +405,8 @@ mod tests {
             Token::LoaderPid(4),
             Token::EngineLink(5),
             Token::EnginePid(6),
+            Token::Hangups,
+            Token::Reloader,
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

@@ -8,5 +8,6 @@ mod connection;
 mod event_loop;
 mod images;
 mod perform;
+mod reload;
 
 pub(crate) use event_loop::EventLoop;

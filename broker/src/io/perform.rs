@@ -98,6 +98,12 @@ impl EventLoop {
             Action::StartEngine { incarnation } => self.start_engine(incarnation),
             Action::KillEngine { incarnation } => self.kill_engine(incarnation),
             Action::ToEngine { message, attachments } => self.engine.say(message, attachments),
+            Action::ReadConfiguration => self.read_configuration(),
+            Action::Reconfigure { loader_command, cache_entries, cache_ttl } => {
+                self.loader_command = loader_command;
+                self.cache_entries = cache_entries;
+                self.cache_ttl = cache_ttl;
+            }
             Action::Exit => self.exiting = true,
         }
     }

@@ -139,6 +139,8 @@ pub enum ClientMessage {
     },
     /// Answered by [`BrokerMessage::Pong`].
     Ping,
+    /// Asks the broker to read its configuration again.
+    ReloadConfiguration,
 }
 
 /// From the broker to a client.
@@ -163,6 +165,17 @@ pub enum BrokerMessage {
     ShuttingDown,
     /// Answer to a ping.
     Pong,
+    /// The configuration was read again. One that cannot be used is refused with `CONFIG_INVALID` and changes nothing.
+    ConfigurationReloaded(ConfigurationReloaded),
+}
+
+/// What became of a configuration that was read again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct ConfigurationReloaded {
+    /// What changed and takes effect, one line each.
+    pub applied: Vec<String>,
+    /// What changed and cannot take effect now, one line each, with what it needs.
+    pub pending: Vec<String>,
 }
 
 /// Answer to [`Hello`].

@@ -413,6 +413,10 @@ impl Broker {
                 self.stop.store(true, SeqCst);
                 true
             }
+            ClientMessage::ReloadConfiguration => {
+                let answer = BrokerMessage::ConfigurationReloaded(Default::default());
+                stream.send(id, &answer, vec![], long).is_ok()
+            }
             ClientMessage::Ping => stream.send(id, &BrokerMessage::Pong, vec![], long).is_ok(),
         }
     }

@@ -1,6 +1,7 @@
 //! A world around a core, without processes: it does what the core says, and remembers what clients were told.
 
 mod random;
+mod reconfigure;
 mod scripted;
 
 use super::*;
@@ -89,6 +90,10 @@ struct World {
     engine_starts: bool,
     engines: usize,
     exited: bool,
+    /// The configuration is being read.
+    reading: bool,
+    /// What caches were last told to hold.
+    cache_entries: Option<usize>,
     last_session: u64,
     last_request: u64,
 }
@@ -114,6 +119,8 @@ impl World {
             engine_starts: true,
             engines: 0,
             exited: false,
+            reading: false,
+            cache_entries: None,
             last_session: 0,
             last_request: 0,
         };
@@ -210,6 +217,11 @@ impl World {
                     inbox.push_back(message);
                 }
             }
+            Action::ReadConfiguration => {
+                assert!(!self.reading, "two readings at once");
+                self.reading = true;
+            }
+            Action::Reconfigure { cache_entries, .. } => self.cache_entries = Some(cache_entries),
             Action::Exit => self.exited = true,
         }
     }
