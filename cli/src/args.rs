@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Status(JsonArgs),
     /// Show the models that the broker knows
     Models(JsonArgs),
+    /// Load, unload, reload, check or list models
+    Model(ModelArgs),
     /// Turn texts into vectors
     Embed(EmbedArgs),
     /// Index documents into a store, one subprocess per document
@@ -157,12 +159,94 @@ pub(crate) struct ServeArgs {
         value_parser = switch
     )]
     pub(crate) cache_persist: bool,
+    /// How long a model that nobody uses stays loaded, in seconds; 0 = for ever
+    #[arg(long, value_name = "SECONDS", default_value_t = broker::DEFAULT_UNLOAD_AFTER.as_secs())]
+    pub(crate) unload_after: u64,
+    /// Models loaded at once; before another is loaded the least recently used idle one leaves; 0 = no bound
+    #[arg(long, value_name = "N", default_value_t = broker::DEFAULT_MAX_SHARED_MODELS)]
+    pub(crate) max_models: usize,
+    /// Memory that images and caches may take in all, in bytes or as `8GiB` [default: what the system has]
+    #[arg(long, value_name = "BYTES", value_parser = byte_count)]
+    pub(crate) memory_budget: Option<u64>,
+    /// Model to load at the start and to keep loaded; may be given several times
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) preload: Vec<String>,
     /// Leave the engine readable for this user's other processes, so that its memory can be counted
     #[arg(long, hide = true)]
     pub(crate) inspectable: bool,
     /// Descriptor that is written to and closed once the socket accepts connections
     #[arg(long, value_name = "N", hide = true)]
     pub(crate) ready_fd: Option<i32>,
+}
+
+/// A number of bytes, also as `512 MiB` or `2GiB`.
+fn byte_count(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = match text[digits.len()..].trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return Err("give bytes, or a number with KiB, MiB, GiB or TiB behind it".into()),
+    };
+    let number: u64 = digits.parse().map_err(|_| "give a whole number of bytes".to_owned())?;
+    number.checked_mul(1 << unit).filter(|n| *n > 0).ok_or_else(|| "give 1 byte to 16 EiB".to_owned())
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub(crate) command: ModelCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Load a model and wait until it is served
+    Load {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Let go of a model and give its memory back; refused while somebody uses it
+    Unload {
+        /// Model id, alias or folder
+        id: String,
+        /// If it is in use, unload it as soon as it is not
+        #[arg(long, conflicts_with = "force")]
+        when_idle: bool,
+        /// Forget it even if it is in use: who holds it keeps it, who asks next loads it anew
+        #[arg(long)]
+        force: bool,
+    },
+    /// Load a model anew beside the present one and switch; nobody who uses it fails
+    Reload {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds; the reload goes on after it
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Have a model compute something known
+    Health {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u64,
+    },
+    /// Show the models that the broker knows, or one of them
+    List {
+        /// Model id, alias or folder
+        id: Option<String>,
+    },
 }
 
 #[derive(Debug, Args)]

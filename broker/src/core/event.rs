@@ -61,6 +61,8 @@ pub(crate) struct ImageFacts {
     pub(crate) content_hash: [u8; 32],
     /// What it lies in.
     pub(crate) backing: BackingKind,
+    /// Precision of its matrices, as it stands in names.
+    pub(crate) precision: &'static str,
 }
 
 /// One thing that happened. Ids are the broker's own; an event about something that is gone is ignored.
@@ -98,6 +100,9 @@ pub(crate) enum Event {
     EngineLinkLost { incarnation: u64, reason: String },
     /// The engine's process ended and was reaped: it writes into no lane any more.
     EngineExited { incarnation: u64, exit: ChildExit },
+    /// What memory the system and the control group have left, as far as it can be read, and how much the vectors of each
+    /// generation's cache take.
+    Memory { available_bytes: Option<u64>, caches: Vec<(u64, u64)> },
     /// SIGTERM or SIGINT arrived.
     StopSignal,
     /// Nothing but time has passed.
@@ -146,6 +151,8 @@ pub(crate) enum Action {
     KillEngine { incarnation: u64 },
     /// Queue a frame for the engine.
     ToEngine { message: ToEngine, attachments: Vec<Attachment> },
+    /// Look how much memory is left; answered by [`Event::Memory`].
+    LookAtMemory,
     /// Write out what is queued, then leave.
     Exit,
 }

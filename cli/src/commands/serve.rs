@@ -71,6 +71,10 @@ pub(super) fn run(socket: Option<PathBuf>, args: ServeArgs) -> Result<(), Failur
     config.cache_entries = args.cache_entries;
     config.cache_ttl = Duration::from_secs(args.cache_ttl);
     config.cache_persist = persist;
+    config.unload_after = Duration::from_secs(args.unload_after);
+    config.max_shared_models = args.max_models;
+    config.memory_budget_bytes = args.memory_budget;
+    config.preload = args.preload.iter().map(|name| super::model_name(name)).collect();
     if let Some(fd) = args.ready_fd {
         let mut ready = open_inherited(fd)?;
         config.on_ready = Some(Box::new(move || {
