@@ -310,6 +310,10 @@ pub struct Limits {
     pub max_loads_at_once: usize,
     /// How long one load may take, downloads counted. Beyond: the loader is killed, `MODEL_LOAD_ERROR`.
     pub load_timeout: Duration,
+    /// Shortest time between two looks at the system's memory while something is loaded.
+    pub memory_check_interval: Duration,
+    /// Memory in bytes that a load leaves to others. Beyond: idle models are let go of, then `OUT_OF_MEMORY`.
+    pub memory_reserve_bytes: u64,
     /// Address space of a loader, in bytes. Beyond: its allocations fail, `MODEL_LOAD_ERROR`.
     pub loader_address_space_bytes: u64,
     /// Processor time of a loader, in seconds. Beyond: killed by SIGXCPU, `MODEL_LOAD_ERROR`.
@@ -365,6 +369,8 @@ impl Default for Limits {
             max_model_names: 1024,
             max_loads_at_once: 2,
             load_timeout: Duration::from_secs(30 * 60),
+            memory_check_interval: Duration::from_millis(100),
+            memory_reserve_bytes: 64 << 20,
             loader_address_space_bytes: 64 << 30,
             loader_cpu_seconds: 20 * 60,
             load_retry_base: Duration::from_millis(250),

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Status(JsonArgs),
     /// Show the models that the broker knows
     Models(JsonArgs),
+    /// Load, unload, reload, check or list models
+    Model(ModelArgs),
     /// Turn texts into vectors
     Embed(EmbedArgs),
     /// Index documents into a store, one subprocess per document
@@ -203,6 +205,60 @@ pub(crate) enum ConfigAction {
         /// Where to [default: where it would be read]
         #[arg(value_name = "FILE")]
         file: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub(crate) command: ModelCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Load a model and wait until it is served
+    Load {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Let go of a model and give its memory back; refused while somebody uses it
+    Unload {
+        /// Model id, alias or folder
+        id: String,
+        /// If it is in use, unload it as soon as it is not
+        #[arg(long, conflicts_with = "force")]
+        when_idle: bool,
+        /// Forget it even if it is in use: who holds it keeps it, who asks next loads it anew
+        #[arg(long)]
+        force: bool,
+    },
+    /// Load a model anew beside the present one and switch; nobody who uses it fails
+    Reload {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds; the reload goes on after it
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Have a model compute something known
+    Health {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u64,
+    },
+    /// Show the models that the broker knows, or one of them
+    List {
+        /// Model id, alias or folder
+        id: Option<String>,
     },
 }
 

@@ -41,6 +41,7 @@ mod host;
 mod job;
 mod lane;
 mod link;
+mod measured;
 mod persist;
 mod schedule;
 mod worker;

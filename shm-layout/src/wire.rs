@@ -7,6 +7,7 @@ mod cache_messages;
 mod codec;
 mod head;
 mod messages;
+mod model_messages;
 
 pub use bincode::{Decode, Encode};
 
@@ -14,3 +15,4 @@ pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTot
 pub use codec::{CodecError, FrameBuffer, decode_body, encode_frame};
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;
+pub use model_messages::*;

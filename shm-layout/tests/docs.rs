@@ -154,9 +154,11 @@ fn codes() -> String {
     out
 }
 
-/// Every type of messages.rs and cache_messages.rs that is encoded, field by field in the order of its encoding.
+/// Every type of messages.rs, cache_messages.rs and model_messages.rs that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    let text = source("shm-layout/src/wire/messages.rs") + &source("shm-layout/src/wire/cache_messages.rs");
+    // The unit tests of a file are not messages; `documented` stops at the first of them.
+    let files = ["messages.rs", "cache_messages.rs", "model_messages.rs"];
+    let text: String = files.iter().map(|file| source(&format!("shm-layout/src/wire/{file}"))).collect();
     let encoded = |name: &str| {
         let at = text.find(&format!(" {name} {{\n")).expect("the type is there");
         let before = &text[..at];
@@ -366,6 +368,13 @@ fn limits_document_is_what_the_constants_say() {
         ("image", constants("shm-layout/src/image/layout.rs", max)),
         ("cache", constants("shm-layout/src/cache/layout.rs", max)),
         ("cache-reader", constants("shm-layout/src/cache/reader.rs", |name| name == "READ_TRIES")),
+        ("durations", constants("shm-layout/src/wire/model_messages.rs", any)),
+        ("engine-measured", constants("engine-host/src/measured.rs", any)),
+        ("broker-lifecycle", constants("broker/src/core/lifecycle.rs", max)),
+        ("broker-alerts", constants("broker/src/core/alerts.rs", any)),
+        ("broker-memory", constants("broker/src/io/memory.rs", max)),
+        ("sdk-renew", constants("worker-sdk/src/seat/renew.rs", any)),
+        ("sdk-session", constants("worker-sdk/src/session.rs", max)),
         ("cache-engine", constants("engine-host/src/cache.rs", max)),
         ("cache-saved", constants("engine-host/src/persist.rs", any)),
         ("private-files", constants("shm-os/src/private_files.rs", |name| name == "NAMING_TRIES")),

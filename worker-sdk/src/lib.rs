@@ -58,6 +58,10 @@
 //! ([`SdkError::Disconnected`]). If the model that comes back is another one, a list that was half done is begun anew:
 //! one result is never a mixture. An engine's death is the broker's affair and is not noticed here at all.
 //!
+//! # When a model is reloaded
+//! The broker loads the new generation beside the old one, switches, and tells. Each [`Model`] takes it up by itself at a
+//! call within some milliseconds; until then the old one serves. No call fails for it. [`Client::reload_model`] orders one.
+//!
 //! # Cache
 //! A text that anybody embedded before is answered from memory that the broker shares: in this process, in microseconds,
 //! without a system call, also while the broker is away. [`Embeddings::cached`] says which vectors came that way; they are
@@ -89,6 +93,7 @@ mod error_body;
 mod fork_cell;
 mod job;
 mod model;
+mod models;
 mod seat;
 mod session;
 mod settings;
@@ -104,6 +109,7 @@ pub use error::SdkError;
 pub use error_body::{About, ErrorBody, ErrorCode, ErrorRow, row_of_code, row_of_error};
 pub use job::Job;
 pub use model::Model;
+pub use models::{HealthyModel, LoadedModel, ReloadedModel, UnloadedModel};
 pub use settings::{
     EmbedOptions, LOG_FILE_NAME, ModelRequest, PROGRAM_VARIABLE, Route, SOCKET_FILE_NAME, SOCKET_VARIABLE,
     START_VARIABLE, StartBroker,
@@ -111,6 +117,6 @@ pub use settings::{
 pub use shm_layout::code::Code;
 pub use shm_layout::payload::PayloadError;
 pub use shm_layout::wire::{
-    ConfigurationReloaded, LoadProgress, ModelDescription, Priority, StatusReport, Welcome,
+    ConfigurationReloaded, LoadProgress, ModelDescription, Priority, StatusReport, UnloadMode, Welcome,
 };
 pub use shm_os::socket::AllowedPeer;

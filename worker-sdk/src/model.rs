@@ -90,7 +90,8 @@ impl Model {
         self.seat().model()
     }
 
-    /// Times that the lease was taken up anew, because the broker went away or a peer broke the protocol.
+    /// Times that the lease was taken up anew, because the broker went away, a peer broke the protocol, or the model was
+    /// reloaded.
     #[must_use]
     pub fn reconnects(&self) -> u64 {
         self.seat().relinks()
@@ -116,6 +117,7 @@ impl Model {
     ) -> Result<Embeddings, SdkError> {
         let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
+        seat.freshen();
         if let Some(found) = self.look_up(&seat, texts, options)? {
             if found.missing.is_empty() {
                 return Ok(found.rows);
@@ -198,6 +200,7 @@ impl Model {
     pub fn submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
         let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
+        seat.freshen();
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
             return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
         }
@@ -255,6 +258,7 @@ impl Model {
         options: &EmbedOptions,
     ) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
         let seat = self.seat();
+        seat.freshen();
         let parts = split(texts, Operation::Tokenize, 1)?;
         let mut all = Vec::with_capacity(texts.len());
         let deadline = Deadline::after(options.timeout);

@@ -10,11 +10,12 @@ use shm_layout::code::Code;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::wire::{
     AnswerFrame, BrokerMessage, ClientMessage, ConfigurationReloaded, FrameHead, Hello, JobFrame, Leased,
-    LoadProgress, PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, StatusReport, Welcome, decode_body,
+    LoadProgress, ModelOutcome, PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, StatusReport, Superseded, Welcome,
+    decode_body,
 };
 use shm_os::framed::{Fill, Flush, FramedError, FramedStream};
 use shm_os::{Interest, PollEvent, Poller};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,8 @@ use std::time::Duration;
 
 /// Most bytes of frames that wait to be sent; jobs beyond it stay with their model and are sent later.
 const MAX_QUEUED_BYTES: usize = 4 << 20;
+/// Most leases that are remembered as replaced: more than a session may have.
+const MAX_SUPERSEDED: usize = 1024;
 /// Most progress messages kept for a caller that is slow to take them; the newest count.
 const MAX_PROGRESS: usize = 64;
 
@@ -34,6 +37,7 @@ pub(crate) enum Reply {
     ConfigurationReloaded(ConfigurationReloaded),
     ShuttingDown,
     Pong,
+    Model(Box<ModelOutcome>),
 }
 
 /// A job's answer, as it came over the socket.
@@ -79,6 +83,8 @@ struct Inner {
     /// What the broker said before it closed the connection.
     parting: Option<SdkError>,
     dead: Option<SdkError>,
+    /// Leases whose generation was replaced.
+    superseded: BTreeSet<u64>,
 }
 
 /// A connection to a broker.
@@ -90,6 +96,8 @@ pub(crate) struct Session {
     inner: Mutex<Inner>,
     changed: Condvar,
     dead: AtomicBool,
+    /// Whether the generation of any lease was replaced.
+    superseded: AtomicBool,
 }
 
 fn failure(error: FramedError) -> SdkError {
@@ -133,6 +141,7 @@ impl Session {
             welcome: None,
             parting: None,
             dead: None,
+            superseded: BTreeSet::new(),
         };
         Ok(Session {
             hello_id,
@@ -141,6 +150,7 @@ impl Session {
             inner: Mutex::new(inner),
             changed: Condvar::new(),
             dead: AtomicBool::new(false),
+            superseded: AtomicBool::new(false),
         })
     }
 
@@ -166,6 +176,22 @@ impl Session {
             }
         }
         self.is_alive()
+    }
+
+    /// Whether the generation of a lease was replaced, as far as was read. Costs no lock where none was.
+    pub(crate) fn is_superseded(&self, lease_id: u64) -> bool {
+        self.superseded.load(Ordering::Acquire) && self.lock().superseded.contains(&lease_id)
+    }
+
+    /// Forgets a lease that was given back.
+    pub(crate) fn forget_superseded(&self, lease_id: u64) {
+        if self.superseded.load(Ordering::Acquire) {
+            let mut inner = self.lock();
+            inner.superseded.remove(&lease_id);
+            if inner.superseded.is_empty() {
+                self.superseded.store(false, Ordering::Release);
+            }
+        }
     }
 
     /// The broker's greeting, once it has come.
@@ -443,6 +469,15 @@ impl Session {
             }
             BrokerMessage::ShuttingDown => drop(settle(inner, id, Ok(Reply::ShuttingDown))),
             BrokerMessage::Pong => drop(settle(inner, id, Ok(Reply::Pong))),
+            BrokerMessage::Model(outcome) => drop(settle(inner, id, Ok(Reply::Model(Box::new(outcome))))),
+            BrokerMessage::Superseded(Superseded { lease_id, .. }) => {
+                inner.superseded.insert(lease_id);
+                // The oldest is one that was given back as this was said.
+                if inner.superseded.len() > MAX_SUPERSEDED {
+                    inner.superseded.pop_first();
+                }
+                self.superseded.store(true, Ordering::Release);
+            }
         }
         Ok(())
     }

@@ -64,6 +64,8 @@ pub(crate) struct ImageFacts {
     pub(crate) content_hash: [u8; 32],
     /// What it lies in.
     pub(crate) backing: BackingKind,
+    /// Precision of its matrices, as it stands in names.
+    pub(crate) precision: &'static str,
 }
 
 /// One thing that happened. Ids are the broker's own; an event about something that is gone is ignored.
@@ -101,6 +103,9 @@ pub(crate) enum Event {
     EngineLinkLost { incarnation: u64, reason: String },
     /// The engine's process ended and was reaped: it writes into no lane any more.
     EngineExited { incarnation: u64, exit: ChildExit },
+    /// What memory the system and the control group have left, as far as it can be read, and how much the vectors of each
+    /// generation's cache take.
+    Memory { available_bytes: Option<u64>, caches: Vec<(u64, u64)> },
     /// SIGTERM or SIGINT arrived.
     StopSignal,
     /// SIGHUP arrived.
@@ -157,6 +162,8 @@ pub(crate) enum Action {
     ReadConfiguration,
     /// From now on load and make caches so.
     Reconfigure { loader_command: Vec<OsString>, cache_entries: usize, cache_ttl: Duration },
+    /// Look how much memory is left; answered by [`Event::Memory`].
+    LookAtMemory,
     /// Write out what is queued, then leave.
     Exit,
 }

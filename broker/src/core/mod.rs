@@ -6,25 +6,37 @@
 //! | `clients` | what a client's frame leads to: hello, faults, release, shutdown, the end of a session |
 //! | `acquire` | loads and leases: one load for many askers, who waits, who gets what |
 //! | `jobs` | jobs on the socket: admission, relaying, one answer each |
+//! | `orders` | what clients order to be done with a model: load, unload, reload, health |
+//! | `lifecycle` | when models leave: idleness, room, order; which are loaded at start |
+//! | `reload` | another generation beside the one that is served, and the switch |
+//! | `memory` | whether a load still fits, and what is given up for it |
 //! | `caches` | vector caches: made before their generation is served, filled by what engines say |
 //! | `serving` | the engine: start, hand-over of models, lanes and jobs, death and restart |
 //! | `leaving` | draining, idle exit, the end |
 //! | `reconfigure` | reading the configuration again: one at a time, and what it changes |
 //! | `status` | the report |
-//! | `session`, `models`, `leases`, `lanes`, `relay`, `engine` | the bookkeeping that these share |
+//! | `metrics`, `alerts` | what is counted, and when it has got worse |
+//! | `session`, `models`, `entry`, `leases`, `lanes`, `relay`, `engine` | the bookkeeping that these share |
 
 mod acquire;
+mod alerts;
 mod caches;
 mod clients;
 mod engine;
+mod entry;
 mod event;
 mod jobs;
 mod lanes;
 mod leases;
 mod leaving;
+mod lifecycle;
+mod memory;
+mod metrics;
 mod models;
+mod orders;
 mod reconfigure;
 mod relay;
+mod reload;
 mod serving;
 mod session;
 mod status;
@@ -32,12 +44,14 @@ mod status;
 mod tests;
 
 pub(crate) use event::{Action, Attachment, ChildExit, Event, ImageFacts};
+pub(crate) use lifecycle::Policy;
 pub(crate) use models::nanos;
 
-use crate::config::Limits;
+use crate::config::{Limits, ModelSettings};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_MESSAGE_BYTES;
 use shm_layout::wire::{BrokerMessage, Refusal, ToEngine};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// What the decisions need to know of the surroundings.
@@ -45,6 +59,11 @@ use std::time::Duration;
 pub(crate) struct CoreConfig {
     pub(crate) default_model: String,
     pub(crate) limits: Limits,
+    pub(crate) policy: Policy,
+    /// Models with an id of their own.
+    pub(crate) models: Vec<ModelSettings>,
+    /// Names that are loaded at start and kept.
+    pub(crate) preload: Vec<String>,
     pub(crate) idle_exit: Option<Duration>,
     pub(crate) allow_other_users: bool,
     /// Whether generations get a cache.
@@ -69,6 +88,13 @@ pub(crate) struct Core {
     leaving: leaving::Leaving,
     status: status::StatusWaiters,
     reconfigure: reconfigure::Reconfigure,
+    memory: memory::Memory,
+    metrics: metrics::Metrics,
+    alerts: alerts::Alerts,
+    /// Generations that the engine was told to let go of.
+    going: BTreeMap<u64, orders::Going>,
+    /// Orders that wait for their generation to be let go of: generation, session, request.
+    unload_orders: Vec<(u64, u64, u64)>,
     last_load_id: u64,
     faults: u64,
     /// Since when there has been no session.
@@ -79,7 +105,8 @@ pub(crate) struct Core {
 impl Core {
     /// A broker that has just begun to listen. The engine is started by the first event.
     pub(crate) fn new(config: CoreConfig, now_ns: u64) -> Core {
-        Core {
+        let (models, preload) = (config.models.clone(), config.preload.clone());
+        let mut core = Core {
             config,
             started_ns: now_ns,
             sessions: session::Sessions::default(),
@@ -91,11 +118,18 @@ impl Core {
             leaving: leaving::Leaving::default(),
             status: status::StatusWaiters::default(),
             reconfigure: reconfigure::Reconfigure::default(),
+            memory: memory::Memory::default(),
+            metrics: metrics::Metrics::default(),
+            alerts: alerts::Alerts::default(),
+            going: BTreeMap::new(),
+            unload_orders: Vec::new(),
             last_load_id: 0,
             faults: 0,
             idle_since_ns: Some(now_ns),
             actions: Vec::new(),
-        }
+        };
+        core.configure_models(now_ns, &models, &preload);
+        core
     }
 
     /// Takes what happened and gives what is to be done, in order.
@@ -103,9 +137,10 @@ impl Core {
         if !self.leaving.is_done() {
             self.dispatch(now_ns, event);
             self.timers(now_ns);
-            self.retire_unused();
             self.start_loaders(now_ns);
+            self.retire_unused();
             self.supervise(now_ns);
+            self.note_levels();
             self.advance_leaving(now_ns);
         }
         std::mem::take(&mut self.actions)
@@ -151,6 +186,7 @@ impl Core {
             }
             Event::ReloadSignal => self.reload_signal(),
             Event::ConfigurationRead(outcome) => self.configuration_read(now_ns, *outcome),
+            Event::Memory { available_bytes, caches } => self.memory_seen(now_ns, available_bytes, caches),
             Event::StopSignal => self.stop_signal(now_ns),
             Event::Tick => {}
         }
@@ -161,6 +197,8 @@ impl Core {
             self.fault(now_ns, session, Code::BadState, "no Hello came in time");
         }
         self.waiters_overdue(now_ns);
+        self.askers_overdue(now_ns);
+        self.lifecycle_overdue(now_ns);
         self.loads_overdue(now_ns);
         self.jobs_overdue(now_ns);
         self.status_overdue(now_ns);
@@ -174,6 +212,7 @@ impl Core {
         [
             self.sessions.next_timer_ns(),
             self.models.next_timer_ns(),
+            self.lifecycle_timer_ns(),
             self.relay.next_timer_ns(),
             self.status.next_timer_ns(),
             self.engine_timer_ns(),
@@ -189,6 +228,7 @@ impl Core {
     }
 
     fn send(&mut self, session: u64, request_id: u64, message: BrokerMessage) {
+        self.metrics.told(&message);
         self.actions.push(Action::Send { session, request_id, message, attachments: Vec::new() });
     }
 

@@ -1,7 +1,8 @@
 //! Reading the configuration again: who asked, what is under way, what a new one changes. One reading at a time; who asks
 //! while one is under way is answered by the next, since the file may have changed after it was read.
 
-use super::{Action, Core};
+use super::{Action, Core, Policy};
+use crate::config::ModelSettings;
 use crate::reloaded::Reloaded;
 use shm_layout::code::Code;
 use shm_layout::wire::{BrokerMessage, ConfigurationReloaded};
@@ -101,8 +102,14 @@ impl Core {
         self.read_next();
     }
 
-    fn apply(&mut self, _now_ns: u64, reloaded: Reloaded) {
+    fn apply(&mut self, now_ns: u64, reloaded: Reloaded) {
         let live = reloaded.live;
+        self.config.policy = Policy {
+            unload_after: live.unload_after,
+            max_shared_models: live.max_shared_models,
+            memory_budget_bytes: live.memory_budget_bytes,
+            log_model_usage: live.log_model_usage,
+        };
         self.config.default_model.clone_from(&live.default_model);
         self.config.idle_exit = live.idle_exit;
         self.config.caches = live.cache_entries > 0;
@@ -111,6 +118,31 @@ impl Core {
             cache_entries: live.cache_entries,
             cache_ttl: live.cache_ttl,
         });
+        self.configure_models_anew(now_ns, live.models);
+    }
+
+    /// The configured models are these from now on. An id whose source changed means the new one to whoever asks next; who
+    /// holds the old one keeps it, and it leaves as any model does that nobody configured.
+    fn configure_models_anew(&mut self, now_ns: u64, models: Vec<ModelSettings>) {
+        let known = &mut self.models;
+        for entry in known.entries.values_mut() {
+            for id in std::mem::take(&mut entry.settings).ids {
+                let is_own_name = entry.source == id || entry.canonical.as_ref() == Some(&id);
+                if !is_own_name {
+                    known.names.remove(&id);
+                }
+            }
+        }
+        for settings in models.iter().filter(|settings| settings.id != settings.source) {
+            let means = known.names.get(&settings.id).and_then(|id| known.entries.get(id));
+            // Somebody asked for it before it was configured: then it was taken for a name.
+            if means.is_some_and(|entry| entry.source != settings.source) {
+                known.names.remove(&settings.id);
+            }
+        }
+        let preload = self.config.preload.clone();
+        self.configure_models(now_ns, &models, &preload);
+        self.config.models = models;
     }
 
     /// Nobody waits any more for what this session asked for.

@@ -8,7 +8,7 @@ use super::connection::{Connection, ConnectionBounds};
 use super::perform::LaneDescriptors;
 use super::reload::Reloader;
 use crate::config::{BrokerConfig, Limits};
-use crate::core::{Core, CoreConfig, Event, nanos};
+use crate::core::{Core, CoreConfig, Event, Policy, nanos};
 use crate::reloaded::ReadAgain;
 use shm_layout::wire::BackingKind;
 use shm_os::process::monotonic_ns;
@@ -138,6 +138,14 @@ impl EventLoop {
             CoreConfig {
                 default_model: config.default_model,
                 limits: config.limits.clone(),
+                policy: Policy {
+                    unload_after: config.unload_after,
+                    max_shared_models: config.max_shared_models,
+                    memory_budget_bytes: config.memory_budget_bytes,
+                    log_model_usage: config.log_model_usage,
+                },
+                models: config.models,
+                preload: config.preload,
                 idle_exit: config.idle_exit,
                 allow_other_users: config.allow_other_users,
                 caches: config.cache_entries > 0,

@@ -51,5 +51,6 @@ pub(crate) fn check_image(
         fingerprint: values.fingerprint(),
         content_hash: values.content_hash,
         backing,
+        precision: values.precision.name(),
     })
 }

@@ -7,6 +7,7 @@ mod clients;
 mod connection;
 mod event_loop;
 mod images;
+mod memory;
 mod perform;
 mod reload;
 

@@ -8,6 +8,8 @@ mod doctor;
 mod documents;
 mod embed;
 mod load;
+mod metrics_json;
+mod model;
 mod serve;
 mod worker;
 
@@ -49,6 +51,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Stop(args) => control::stop(socket, &args),
         Command::Status(args) => control::status(socket, &args),
         Command::Models(args) => control::models(socket, &args),
+        Command::Model(args) => model::run(socket, &args),
         Command::Embed(args) => embed::run(socket, args),
         Command::Index(args) => documents::index(socket, &args),
         Command::Search(args) => documents::search(socket, &args),

@@ -4,11 +4,12 @@ use super::reader::Reader;
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_FRAME_BODY_BYTES;
 use shm_layout::wire::{
-    Acquire, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
-    CacheTotals, ClientMessage, Decode, Encode, EngineReport, EngineTotals, FrameBuffer, FromEngine,
-    FromLoader, HEAD_BYTES, Hello, JobFrame, LaneDescription, Leased, LoadProgress, ModelDescription,
-    ModelReport, ModelState, Operation, Priority, Refusal, SessionReport, StatusReport, ToEngine, Welcome,
-    decode_body, encode_frame,
+    Acquire, Alert, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
+    CacheTotals, ClientMessage, CodeCount, Decode, DurationCounts, Encode, EngineMetrics, EngineReport,
+    EngineTotals, FrameBuffer, FromEngine, FromLoader, GenerationReport, HEAD_BYTES, Hello, JobFrame,
+    LaneDescription, LastError, Leased, LoadProgress, Metrics, ModelCommand, ModelDescription, ModelDetail,
+    ModelOutcome, ModelReport, ModelState, Operation, Priority, ProcessReferences, Refusal, SessionReport,
+    StatusReport, Superseded, ToEngine, UnloadMode, Welcome, decode_body, encode_frame,
 };
 
 /// First byte even: the rest is one body. Odd: the rest is a stream, fed in pieces whose sizes the first bytes choose.
@@ -120,6 +121,7 @@ fn status() -> StatusReport {
                 region_bytes: 3,
                 totals: CacheTotals::default(),
             }),
+            detail: detail(),
         }],
         engines: vec![EngineReport {
             pid: 30,
@@ -140,6 +142,40 @@ fn status() -> StatusReport {
         }],
         faults: 0,
         open_descriptors: 9,
+        metrics: Metrics {
+            load: durations(),
+            errors: vec![CodeCount { code: Code::Overloaded, count: 3 }],
+            ..Metrics::default()
+        },
+        alerts: vec![Alert {
+            name: "memory".into(),
+            severity: "warning".into(),
+            message: "x".into(),
+            age_us: 1,
+        }],
+    }
+}
+
+fn durations() -> DurationCounts {
+    DurationCounts { counts: vec![0, 1, 2], sum_us: 7 }
+}
+
+fn detail() -> ModelDetail {
+    ModelDetail {
+        ids: vec!["embedding".into()],
+        kind: Some("embedding".into()),
+        last_error: Some(LastError { code: Code::OutOfMemory, message: "x".into(), age_us: 2 }),
+        generations: vec![GenerationReport {
+            generation: 1,
+            image_bytes: 2,
+            backing: BackingKind::SealedMemfd,
+            is_current: true,
+            is_served: false,
+            leases: 1,
+            age_us: 3,
+        }],
+        references: vec![ProcessReferences { pid: 20, count: 1 }],
+        ..ModelDetail::default()
     }
 }
 
@@ -155,6 +191,11 @@ fn client_messages() -> Vec<(&'static str, ClientMessage)> {
         ("status", ClientMessage::Status),
         ("shutdown", ClientMessage::Shutdown { drain_ms: 5000 }),
         ("ping", ClientMessage::Ping),
+        ("model-reload", ClientMessage::Model(ModelCommand::Reload { model: "m".into(), wait_ms: 5 })),
+        (
+            "model-unload",
+            ClientMessage::Model(ModelCommand::Unload { model: "m".into(), mode: UnloadMode::Force }),
+        ),
     ]
 }
 
@@ -193,6 +234,11 @@ fn broker_messages() -> Vec<(&'static str, BrokerMessage)> {
         ("answer", BrokerMessage::Answer(answer())),
         ("status-report", BrokerMessage::Status(status())),
         ("shutting-down", BrokerMessage::ShuttingDown),
+        (
+            "model-reloaded",
+            BrokerMessage::Model(ModelOutcome::Reloaded { model: description(), replaced: 1, load_us: 2 }),
+        ),
+        ("superseded", BrokerMessage::Superseded(Superseded { lease_id: 2, generation: 3 })),
     ]
 }
 
@@ -203,6 +249,7 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
         ("add-lane", ToEngine::AddLane { lane_id: 1, generation: 2 }),
         ("job", ToEngine::Job { relay_id: 1, session_id: 2, generation: 3, attempts: 0, job: job() }),
         ("drain", ToEngine::Drain),
+        ("probe", ToEngine::Probe { generation: 1 }),
     ];
     let from_engine = [
         ("ready", FromEngine::Ready { threads: 2 }),
@@ -212,6 +259,18 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("engine-answer", FromEngine::Answer(answer())),
         ("totals", FromEngine::Totals(EngineTotals::default())),
+        (
+            "probed",
+            FromEngine::Probed { generation: 1, code: Code::BadResult, message: "x".into(), probe_us: 2 },
+        ),
+        (
+            "metrics",
+            FromEngine::Metrics(EngineMetrics {
+                queue: durations(),
+                execution: durations(),
+                errors: vec![CodeCount { code: Code::BadPayload, count: 1 }],
+            }),
+        ),
         (
             "cache-insert",
             FromEngine::CacheInsert {

@@ -2,6 +2,9 @@
 //! handled, bounds are in [`crate::limits`]. The order of variants and fields is the encoding: append, never reorder.
 
 use super::cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
+use super::model_messages::{
+    Alert, EngineMetrics, Metrics, ModelCommand, ModelDetail, ModelOutcome, Superseded,
+};
 use crate::code::Code;
 use bincode::{Decode, Encode};
 
@@ -139,6 +142,8 @@ pub enum ClientMessage {
     },
     /// Answered by [`BrokerMessage::Pong`].
     Ping,
+    /// Wants something done with a model.
+    Model(ModelCommand),
     /// Asks the broker to read its configuration again.
     ReloadConfiguration,
 }
@@ -165,6 +170,10 @@ pub enum BrokerMessage {
     ShuttingDown,
     /// Answer to a ping.
     Pong,
+    /// What became of a [`ClientMessage::Model`].
+    Model(ModelOutcome),
+    /// Unasked: the generation of one of the session's leases was replaced.
+    Superseded(Superseded),
     /// The configuration was read again. One that cannot be used is refused with `CONFIG_INVALID` and changes nothing.
     ConfigurationReloaded(ConfigurationReloaded),
 }
@@ -334,6 +343,8 @@ pub enum ModelState {
     Ready,
     /// The last load failed; the next request tries again.
     Failed,
+    /// Not loaded; the next request loads it.
+    Unloaded,
 }
 
 /// One model in a [`StatusReport`].
@@ -359,6 +370,8 @@ pub struct ModelReport {
     pub error: Option<String>,
     /// State of its vector cache, where it has one.
     pub cache: Option<CacheReport>,
+    /// Everything else.
+    pub detail: ModelDetail,
 }
 
 /// One engine in a [`StatusReport`].
@@ -435,6 +448,10 @@ pub struct StatusReport {
     pub faults: u64,
     /// Open descriptors of the broker, for leak checks.
     pub open_descriptors: u32,
+    /// What was measured.
+    pub metrics: Metrics,
+    /// What has got worse.
+    pub alerts: Vec<Alert>,
 }
 
 /// From the broker to an engine.
@@ -490,6 +507,11 @@ pub enum ToEngine {
     Drain,
     /// Asks for [`FromEngine::Totals`].
     Totals,
+    /// Compute something known; answered by [`FromEngine::Probed`].
+    Probe {
+        /// The model.
+        generation: u64,
+    },
 }
 
 /// From an engine to the broker.
@@ -558,6 +580,19 @@ pub enum FromEngine {
         /// The counters.
         totals: CacheTotals,
     },
+    /// A probe's end.
+    Probed {
+        /// The model.
+        generation: u64,
+        /// [`Code::Ok`] when it computed what it should, else why not.
+        code: Code,
+        /// Why not, in words.
+        message: String,
+        /// Time that it computed, in µs.
+        probe_us: u64,
+    },
+    /// What was measured; sent before `Totals`.
+    Metrics(EngineMetrics),
 }
 
 /// From a loader to the broker.

@@ -405,6 +405,8 @@ impl Broker {
                     sessions: vec![],
                     faults: 0,
                     open_descriptors: 0,
+                    metrics: Default::default(),
+                    alerts: vec![],
                 };
                 stream.send(id, &BrokerMessage::Status(report), vec![], long).is_ok()
             }
@@ -418,6 +420,11 @@ impl Broker {
                 stream.send(id, &answer, vec![], long).is_ok()
             }
             ClientMessage::Ping => stream.send(id, &BrokerMessage::Pong, vec![], long).is_ok(),
+            ClientMessage::Model(_) => {
+                let message = "this peer knows no orders".to_owned();
+                let refusal = Refusal { code: Code::UnsupportedOperation, message, retry_after_ms: 0 };
+                stream.send(id, &BrokerMessage::Refused(refusal), vec![], long).is_ok()
+            }
         }
     }
 

@@ -20,6 +20,14 @@ fn core_with(limits: Limits) -> Core {
     let config = CoreConfig {
         default_model: "default".into(),
         limits,
+        policy: Policy {
+            unload_after: Duration::ZERO,
+            max_shared_models: 0,
+            memory_budget_bytes: None,
+            log_model_usage: true,
+        },
+        models: Vec::new(),
+        preload: Vec::new(),
         idle_exit: None,
         allow_other_users: false,
         caches: true,
@@ -40,6 +48,7 @@ fn facts(model_id: &str) -> ImageFacts {
         fingerprint: 1,
         content_hash: [1; 32],
         backing: BackingKind::SealedMemfd,
+        precision: "f32",
     }
 }
 
@@ -94,6 +103,8 @@ struct World {
     reading: bool,
     /// What caches were last told to hold.
     cache_entries: Option<usize>,
+    available_bytes: Option<u64>,
+    cached: Vec<(u64, u64)>,
     last_session: u64,
     last_request: u64,
 }
@@ -121,6 +132,8 @@ impl World {
             exited: false,
             reading: false,
             cache_entries: None,
+            available_bytes: None,
+            cached: Vec::new(),
             last_session: 0,
             last_request: 0,
         };
@@ -222,6 +235,11 @@ impl World {
                 self.reading = true;
             }
             Action::Reconfigure { cache_entries, .. } => self.cache_entries = Some(cache_entries),
+            Action::LookAtMemory => {
+                let event =
+                    Event::Memory { available_bytes: self.available_bytes, caches: self.cached.clone() };
+                self.events.push_back(event);
+            }
             Action::Exit => self.exited = true,
         }
     }
@@ -265,6 +283,10 @@ impl World {
                 self.happens(Event::Tick);
             }
             ToEngine::Totals => self.engine_says(FromEngine::Totals(Default::default())),
+            ToEngine::Probe { generation } => {
+                let (code, message) = (Code::Ok, String::new());
+                self.engine_says(FromEngine::Probed { generation, code, message, probe_us: 7 });
+            }
             ToEngine::AddLane { .. } | ToEngine::CancelJob { .. } => {}
         }
         true

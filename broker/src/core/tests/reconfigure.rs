@@ -80,3 +80,34 @@ fn guests_floods_and_those_who_left_do_no_harm() {
     // Those who asked for the next one are gone too.
     assert!(!world.reading);
 }
+
+#[test]
+fn an_id_means_the_new_source_to_whoever_asks_next_and_holders_keep_the_old_one() {
+    let mut world = World::new(Limits::default());
+    let with = |source: &str| {
+        let models = vec![crate::ModelSettings::new("mine", source, crate::ModelKind::Embedding)];
+        let live =
+            LiveSettings { models, unload_after: std::time::Duration::from_secs(1), ..live("default") };
+        Ok(Reloaded { live, applied: Vec::new(), pending: Vec::new() })
+    };
+    world.happens(Event::ReloadSignal);
+    world.has_read(with("org/old"));
+    let holder = world.connect();
+    let asked = world.asks(holder, acquire("mine", false, 1000));
+    assert_eq!(world.loaders.values().collect::<Vec<_>>(), ["org/old"]);
+    world.loader_finishes("org/old");
+    world.engine_works();
+    world.lease(holder, asked);
+    world.happens(Event::ReloadSignal);
+    world.has_read(with("org/new"));
+    let other = world.connect();
+    world.asks(other, acquire("mine", false, 1000));
+    assert_eq!(world.loaders.values().collect::<Vec<_>>(), ["org/new"]);
+    let names: Vec<String> = world.status().models.into_iter().map(|model| model.model_id).collect();
+    assert!(names.contains(&"org/old".to_owned()), "it is held still: {names:?}");
+    // Not configured any more: it leaves when nobody uses it, by the new idle time.
+    world.leaves(holder);
+    world.now_ns += 1100 * MS;
+    world.happens(Event::Tick);
+    assert_eq!(world.images.len(), 0, "the old one is let go of");
+}
