@@ -7,9 +7,15 @@ use std::path::PathBuf;
 #[derive(Debug, Parser)]
 #[command(name = "modelbroker", version, max_term_width = 100, after_help = EXIT_CODES)]
 pub(crate) struct Arguments {
-    /// The broker's socket [default: modelbroker/broker.sock in the user's run folder]
-    #[arg(long, global = true, value_name = "PATH", env = "MODELBROKER_SOCKET", hide_env_values = true)]
+    /// The broker's socket [default: MODELBROKER_SOCKET, else broker.sock in the user's run folder]
+    #[arg(long, global = true, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
+    /// The configuration file [default: MODELBROKER_CONFIG, else ~/.config/modelbroker/config.toml if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Give a key of the configuration another value; may be repeated
+    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = crate::configuration::key_and_value)]
+    pub(crate) set: Vec<(String, String)>,
     /// What to do
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -28,6 +34,8 @@ pub(crate) enum Command {
     Status(JsonArgs),
     /// Show the models that the broker knows
     Models(JsonArgs),
+    /// Load, unload, reload, check or list models
+    Model(ModelArgs),
     /// Turn texts into vectors
     Embed(EmbedArgs),
     /// Make a text shorter, with a text-to-text model
@@ -48,6 +56,10 @@ pub(crate) enum Command {
     Load(LoadArgs),
     /// Say what is wrong with this machine or setup, and how to fix it
     Doctor(DoctorArgs),
+    /// Show the settings that hold and where each comes from
+    Config(ConfigArgs),
+    /// Have the running broker read its configuration again
+    ReloadConfig(JsonArgs),
     /// Show the main job end to end: one copy of a model, many processes
     Demo(DemoArgs),
     /// Compute jobs (started by the broker)
@@ -90,46 +102,49 @@ pub(crate) enum Precision {
     Auto,
 }
 
-/// A number of entries that a cache can have.
-fn cache_entries(text: &str) -> Result<usize, String> {
-    let most = shm_layout::cache::MAX_CACHE_ENTRIES;
-    match text.parse::<usize>() {
-        Ok(entries) if entries <= most => Ok(entries),
-        _ => Err(format!("give a number from 0 (no cache) to {most}")),
+impl Backing {
+    /// The word in settings.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Backing::Auto => "auto",
+            Backing::Memfd => "memfd",
+            Backing::File => "file",
+            Backing::PosixShm => "posix-shm",
+        }
     }
 }
 
-/// A switch as the environment gives it; empty counts as unset.
-fn switch(text: &str) -> Result<bool, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "1" | "true" | "yes" | "on" => Ok(true),
-        "" | "0" | "false" | "no" | "off" => Ok(false),
-        _ => Err("give 1 or 0".into()),
+impl Precision {
+    /// The word in settings.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+            Precision::Int8 => "int8",
+            Precision::Auto => "auto",
+        }
     }
 }
 
+/// Settings of `serve`. Each stands for a key of the configuration, whose default, variables and file hold where it is not
+/// given.
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
-    /// Model for clients that name none: id or folder
-    #[arg(
-        long,
-        value_name = "MODEL",
-        env = "MODELBROKER_MODEL",
-        default_value = "sentence-transformers/all-MiniLM-L6-v2"
-    )]
-    pub(crate) model: String,
+    /// Model for clients that name none: configured id, name or folder
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: Option<String>,
     /// Where models and images are cached
     #[arg(long, value_name = "DIR")]
     pub(crate) cache_dir: Option<PathBuf>,
     /// What images lie in
-    #[arg(long, value_enum, default_value = "auto")]
-    pub(crate) backing: Backing,
+    #[arg(long, value_enum)]
+    pub(crate) backing: Option<Backing>,
     /// Precision of models that are asked for without one; a model's name may end in `:f32`, `:bf16`, `:int8` or `:auto`
-    #[arg(long, value_enum, env = "MODELBROKER_PRECISION", hide_env_values = true, default_value = "f32")]
-    pub(crate) precision: Precision,
-    /// Compute threads of the engine [default: the cores that this process may use]
+    #[arg(long, value_enum)]
+    pub(crate) precision: Option<Precision>,
+    /// Compute threads of the engine; 0 = the cores that this process may use
     #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<usize>,
+    pub(crate) threads: Option<u64>,
     /// Leave after so many seconds without any session
     #[arg(long, value_name = "SECONDS")]
     pub(crate) idle_exit: Option<u64>,
@@ -143,38 +158,121 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) allow_other_users: bool,
     /// Vectors that the cache of each loaded model holds at most; 0 = no cache
-    #[arg(
-        long,
-        value_name = "N",
-        env = "MODELBROKER_CACHE_ENTRIES",
-        hide_env_values = true,
-        default_value_t = broker::DEFAULT_CACHE_ENTRIES,
-        value_parser = cache_entries
-    )]
-    pub(crate) cache_entries: usize,
+    #[arg(long, value_name = "N")]
+    pub(crate) cache_entries: Option<u64>,
     /// How long a vector is kept, in seconds; 0 = as long as the model is loaded
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        env = "MODELBROKER_CACHE_TTL",
-        hide_env_values = true,
-        default_value_t = broker::DEFAULT_CACHE_TTL.as_secs()
-    )]
-    pub(crate) cache_ttl: u64,
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) cache_ttl: Option<u64>,
     /// Keep the caches' vectors in files in the cache folder, over restarts
-    #[arg(
-        long,
-        env = "MODELBROKER_CACHE_PERSIST",
-        hide_env_values = true,
-        value_parser = switch
-    )]
+    #[arg(long)]
     pub(crate) cache_persist: bool,
+    /// How long a model that nobody uses stays loaded, in seconds; 0 = for ever
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) unload_after: Option<u64>,
+    /// Models loaded at once; 0 = no such bound
+    #[arg(long, value_name = "N")]
+    pub(crate) max_models: Option<u64>,
+    /// Bytes that models and caches may take, or a text such as "8 GiB"
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory_budget: Option<String>,
+    /// Models loaded at start and kept, beside those configured so; may be repeated
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) preload: Vec<String>,
+    /// A client started it: `--idle-exit` and `--log-file` hold only where the configuration says nothing
+    #[arg(long, hide = true)]
+    pub(crate) started_by_client: bool,
     /// Leave the engine readable for this user's other processes, so that its memory can be counted
     #[arg(long, hide = true)]
     pub(crate) inspectable: bool,
     /// Descriptor that is written to and closed once the socket accepts connections
     #[arg(long, value_name = "N", hide = true)]
     pub(crate) ready_fd: Option<i32>,
+}
+
+/// Which part of the configuration is looked at.
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArgs {
+    /// Print JSON: {key: {"value": …, "origin": "…"}}
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// What else to do
+    #[command(subcommand)]
+    pub(crate) action: Option<ConfigAction>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigAction {
+    /// Say what is wrong with the configuration; ends with 2 when something is
+    Check {
+        /// Look at this file instead
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the JSON Schema of the configuration file
+    Schema,
+    /// Write a configuration file with every key, commented out
+    Init {
+        /// Where to [default: where it would be read]
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub(crate) command: ModelCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Load a model and wait until it is served
+    Load {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Let go of a model and give its memory back; refused while somebody uses it
+    Unload {
+        /// Model id, alias or folder
+        id: String,
+        /// If it is in use, unload it as soon as it is not
+        #[arg(long, conflicts_with = "force")]
+        when_idle: bool,
+        /// Forget it even if it is in use: who holds it keeps it, who asks next loads it anew
+        #[arg(long)]
+        force: bool,
+    },
+    /// Load a model anew beside the present one and switch; nobody who uses it fails
+    Reload {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds; the reload goes on after it
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Have a model compute something known
+    Health {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u64,
+    },
+    /// Show the models that the broker knows, or one of them
+    List {
+        /// Model id, alias or folder
+        id: Option<String>,
+    },
 }
 
 #[derive(Debug, Args)]

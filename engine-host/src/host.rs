@@ -14,6 +14,7 @@ use crate::generate::Generator;
 use crate::job::{Job, Origin, message_of};
 use crate::lane::{Lane, Taken};
 use crate::link::{Farewell, Link};
+use crate::measured::{Measured, REPORT_EVERY_JOBS};
 use crate::persist::Keeper;
 use crate::schedule::{Client, JobKey, Schedule};
 use shm_layout::code::Code;
@@ -87,6 +88,7 @@ pub(crate) struct Counters {
     pub(crate) texts: AtomicU64,
     pub(crate) tokens: AtomicU64,
     pub(crate) errors: AtomicU64,
+    pub(crate) measured: Measured,
 }
 
 /// Everything of one engine process.
@@ -322,9 +324,13 @@ impl<L: Loader> Host<L> {
         (queue_us, execution_us): (u32, u32),
         wakes: &mut Wakes,
     ) {
-        self.counters.jobs.fetch_add(1, Ordering::Relaxed);
+        let before = self.counters.jobs.fetch_add(1, Ordering::Relaxed);
         if code != Code::Ok {
             self.counters.errors.fetch_add(1, Ordering::Relaxed);
+        }
+        self.counters.measured.answered(code, queue_us, execution_us);
+        if (before + 1).is_multiple_of(REPORT_EVERY_JOBS) {
+            self.link.send(&FromEngine::Metrics(self.counters.measured.report()));
         }
         match origin {
             Origin::Lane { lane, job } => {

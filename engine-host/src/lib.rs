@@ -43,6 +43,7 @@ mod host;
 mod job;
 mod lane;
 mod link;
+mod measured;
 mod persist;
 mod schedule;
 mod worker;

@@ -1,5 +1,5 @@
-//! What the fuzz targets run. No libFuzzer here: the same entry points are included by `shm-layout/tests/corpus.rs` and
-//! `engine/tests/corpus.rs`, which replay the saved inputs under plain `cargo test`.
+//! What the fuzz targets run. No libFuzzer here: the same entry points are included by `shm-layout/tests/corpus.rs`,
+//! `engine/tests/corpus.rs` and `settings/tests/corpus.rs`, which replay the saved inputs under plain `cargo test`.
 
 #[allow(dead_code)]
 #[path = "../../engine/src/config.rs"]
@@ -8,6 +8,7 @@ mod config;
 #[path = "../../engine/src/json.rs"]
 mod json;
 
+pub mod configuration;
 pub mod layout;
 pub mod model_files;
 pub mod wordpiece;

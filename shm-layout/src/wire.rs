@@ -7,6 +7,7 @@ mod cache_messages;
 mod codec;
 mod head;
 mod messages;
+mod model_messages;
 mod provider_messages;
 mod task_messages;
 
@@ -16,6 +17,7 @@ pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTot
 pub use codec::{CodecError, FrameBuffer, decode_body, encode_body, encode_frame};
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;
+pub use model_messages::*;
 pub use provider_messages::{
     PROVIDED_GENERATION, PROVIDED_PREFIX, Provide, ProvidedReport, ProvidedTotals, ProviderChildReport,
     ProviderJob, ProviderReport, is_provided,

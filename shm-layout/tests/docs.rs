@@ -156,7 +156,7 @@ fn codes() -> String {
 
 /// Every type of messages.rs and its neighbours that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    let files = ["messages", "cache_messages", "provider_messages", "task_messages"];
+    let files = ["messages", "cache_messages", "model_messages", "provider_messages", "task_messages"];
     // The tests at a file's end would hide what comes behind them.
     let texts = files.map(|name| {
         let text = source(&format!("shm-layout/src/wire/{name}.rs"));
@@ -372,6 +372,13 @@ fn limits_document_is_what_the_constants_say() {
         ("image", constants("shm-layout/src/image/layout.rs", max)),
         ("cache", constants("shm-layout/src/cache/layout.rs", max)),
         ("cache-reader", constants("shm-layout/src/cache/reader.rs", |name| name == "READ_TRIES")),
+        ("durations", constants("shm-layout/src/wire/model_messages.rs", any)),
+        ("engine-measured", constants("engine-host/src/measured.rs", any)),
+        ("broker-lifecycle", constants("broker/src/core/lifecycle.rs", max)),
+        ("broker-alerts", constants("broker/src/core/alerts.rs", any)),
+        ("broker-memory", constants("broker/src/io/memory.rs", max)),
+        ("sdk-renew", constants("worker-sdk/src/seat/renew.rs", any)),
+        ("sdk-session", constants("worker-sdk/src/session.rs", max)),
         ("cache-engine", constants("engine-host/src/cache.rs", max)),
         ("cache-saved", constants("engine-host/src/persist.rs", any)),
         ("private-files", constants("shm-os/src/private_files.rs", |name| name == "NAMING_TRIES")),
@@ -421,6 +428,8 @@ fn limits_document_is_what_the_constants_say() {
         ("sdk-split", constants("worker-sdk/src/split.rs", any)),
         ("sdk-seat", constants("worker-sdk/src/seat.rs", any)),
         ("pipeline", constants("doc-pipeline/src/limits.rs", any)),
+        ("settings", constants("settings/src/limits.rs", any)),
+        ("reload", constants("broker/src/core/reconfigure.rs", max)),
     ];
     check("limits.md", &parts);
 }

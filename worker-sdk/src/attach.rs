@@ -48,6 +48,7 @@ struct HeldLease {
 impl Drop for HeldLease {
     fn drop(&mut self) {
         if self.generation == shm_os::fork_generation() && self.session.is_alive() {
+            self.session.forget_superseded(self.lease_id);
             self.session.tell(&ClientMessage::Release { lease_id: self.lease_id });
         }
     }

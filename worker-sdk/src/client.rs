@@ -8,7 +8,7 @@ use crate::session::Reply;
 use crate::settings::{ModelRequest, Settings, StartBroker, cut};
 use crate::sharing::Fallback;
 use crate::time::Deadline;
-use shm_layout::wire::{ClientMessage, StatusReport, Welcome};
+use shm_layout::wire::{ClientMessage, ConfigurationReloaded, StatusReport, Welcome};
 use shm_os::socket::AllowedPeer;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -130,6 +130,21 @@ impl Client {
             Ok(())
         } else {
             Err(SdkError::DeadlineExceeded(deadline.allowed))
+        }
+    }
+
+    /// Asks the broker to read its configuration again, as SIGHUP does; says what changed and what cannot change while it
+    /// runs. Starts no broker.
+    ///
+    /// # Errors
+    /// [`SdkError::Refused`] with [`Code::ConfigInvalid`](crate::Code::ConfigInvalid) when the new configuration cannot be
+    /// used: then nothing changes. As [`Client::status`] otherwise.
+    pub fn reload_configuration(&self) -> Result<ConfigurationReloaded, SdkError> {
+        let core = self.core();
+        let deadline = Deadline::after(Some(core.settings.patience()));
+        match core.ask(&ClientMessage::ReloadConfiguration, StartBroker::Never, deadline)?.1 {
+            Reply::ConfigurationReloaded(what) => Ok(what),
+            other => Err(unexpected(&other)),
         }
     }
 

@@ -77,6 +77,10 @@
 //! ([`SdkError::Disconnected`]). If the model that comes back is another one, a list that was half done is begun anew:
 //! one result is never a mixture. An engine's death is the broker's affair and is not noticed here at all.
 //!
+//! # When a model is reloaded
+//! The broker loads the new generation beside the old one, switches, and tells. Each [`Model`] takes it up by itself at a
+//! call within some milliseconds; until then the old one serves. No call fails for it. [`Client::reload_model`] orders one.
+//!
 //! # Cache
 //! A text that anybody embedded before is answered from memory that the broker shares: in this process, in microseconds,
 //! without a system call, also while the broker is away. [`Embeddings::cached`] says which vectors came that way; they are
@@ -116,12 +120,14 @@ mod compute;
 mod connect;
 mod embeddings;
 mod error;
+mod error_body;
 #[cfg(feature = "local")]
 mod fallback;
 mod fork_cell;
 mod generate;
 mod job;
 mod model;
+mod models;
 mod prompt;
 mod provider;
 mod rank;
@@ -140,9 +146,11 @@ pub use call::{CallJob, CallOptions};
 pub use client::{Client, ClientBuilder};
 pub use embeddings::Embeddings;
 pub use error::SdkError;
+pub use error_body::{About, ErrorBody, ErrorCode, ErrorRow, row_of_code, row_of_error};
 pub use generate::{TextStream, user_message};
 pub use job::Job;
 pub use model::Model;
+pub use models::{HealthyModel, LoadedModel, ReloadedModel, UnloadedModel};
 pub use prompt::Prompt;
 pub use provider::{ProvidedJob, Provider, ProviderError, ProviderSpec, ProviderStop};
 pub use rank::{LabelScore, Ranked};
@@ -156,7 +164,8 @@ pub use shm_layout::code::Code;
 pub use shm_layout::image::Task;
 pub use shm_layout::payload::PayloadError;
 pub use shm_layout::wire::{
-    ChatMessage, FinishReason, GenerateAnswer, GeneratePrompt, GenerateSettings, LoadProgress,
-    ModelDescription, NamedPrompt, Operation, Priority, StatusReport, TaskFacts, Welcome,
+    ChatMessage, ConfigurationReloaded, FinishReason, GenerateAnswer, GeneratePrompt, GenerateSettings,
+    LoadProgress, ModelDescription, NamedPrompt, Operation, Priority, StatusReport, TaskFacts, UnloadMode,
+    Welcome,
 };
 pub use shm_os::socket::AllowedPeer;

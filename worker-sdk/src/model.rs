@@ -183,7 +183,8 @@ impl Model {
         seat.model()
     }
 
-    /// Times that the lease was taken up anew, because the broker went away or a peer broke the protocol.
+    /// Times that the lease was taken up anew, because the broker went away, a peer broke the protocol, or the model was
+    /// reloaded.
     #[must_use]
     pub fn reconnects(&self) -> u64 {
         self.seat().relinks()
@@ -239,6 +240,7 @@ impl Model {
         options: &EmbedOptions,
     ) -> Result<Embeddings, SdkError> {
         let deadline = Deadline::after(options.timeout);
+        seat.freshen();
         if let Some(found) = self.look_up(seat, texts, options)? {
             if found.missing.is_empty() {
                 return Ok(found.rows);
@@ -356,6 +358,7 @@ impl Model {
     ) -> Result<Job, SdkError> {
         let deadline = Deadline::after(options.timeout);
         let seat = Arc::clone(seat);
+        seat.freshen();
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
             return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows, options.dimensions));
         }
@@ -440,6 +443,7 @@ impl Model {
         texts: &[T],
         options: &EmbedOptions,
     ) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
+        seat.freshen();
         let parts = split(texts, Operation::Tokenize, 1)?;
         let mut all = Vec::with_capacity(texts.len());
         let deadline = Deadline::after(options.timeout);

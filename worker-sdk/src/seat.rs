@@ -13,6 +13,7 @@ mod driver;
 mod jobs;
 mod lead;
 mod link;
+mod renew;
 
 pub(crate) use jobs::{Answer, JobSpec};
 
@@ -26,6 +27,7 @@ use link::{Arrival, Link};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_PAYLOAD_BYTES;
 use shm_layout::wire::{ModelDescription, Partial};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -97,6 +99,10 @@ pub(crate) struct Seat {
     cache: RwLock<Option<Arc<ClientCache>>>,
     /// Wakes the background thread.
     driver: Condvar,
+    /// When the broker's news are looked for again.
+    look_due_ns: AtomicU64,
+    /// A thread is taking up a new generation.
+    renewing: AtomicBool,
 }
 
 type Guard<'a> = MutexGuard<'a, State>;
@@ -122,6 +128,8 @@ impl Seat {
             state: Mutex::new(state),
             cache: RwLock::new(None),
             driver: Condvar::new(),
+            look_due_ns: AtomicU64::new(0),
+            renewing: AtomicBool::new(false),
         }
     }
 

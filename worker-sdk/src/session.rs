@@ -9,12 +9,13 @@ use crate::time::{Deadline, SLICE};
 use shm_layout::code::Code;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::wire::{
-    AnswerFrame, BrokerMessage, ClientMessage, FrameHead, Hello, JobFrame, Leased, LoadProgress,
-    PROTOCOL_MAJOR, PROTOCOL_MINOR, Partial, Refusal, StatusReport, Welcome, decode_body,
+    AnswerFrame, BrokerMessage, ClientMessage, ConfigurationReloaded, FrameHead, Hello, JobFrame, Leased,
+    LoadProgress, ModelOutcome, PROTOCOL_MAJOR, PROTOCOL_MINOR, Partial, Refusal, StatusReport, Superseded,
+    Welcome, decode_body,
 };
 use shm_os::framed::{Fill, Flush, FramedError, FramedStream};
 use shm_os::{Interest, PollEvent, Poller};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,8 @@ use std::time::Duration;
 
 /// Most bytes of frames that wait to be sent; jobs beyond it stay with their model and are sent later.
 const MAX_QUEUED_BYTES: usize = 4 << 20;
+/// Most leases that are remembered as replaced: more than a session may have.
+const MAX_SUPERSEDED: usize = 1024;
 /// Most progress messages kept for a caller that is slow to take them; the newest count.
 const MAX_PROGRESS: usize = 64;
 
@@ -31,8 +34,10 @@ pub(crate) enum Reply {
     Leased(Box<Leased>, Vec<OwnedFd>),
     Released,
     Status(Box<StatusReport>),
+    ConfigurationReloaded(ConfigurationReloaded),
     ShuttingDown,
     Pong,
+    Model(Box<ModelOutcome>),
 }
 
 /// A job's answer, as it came over the socket.
@@ -83,6 +88,8 @@ struct Inner {
     /// What the broker said before it closed the connection.
     parting: Option<SdkError>,
     dead: Option<SdkError>,
+    /// Leases whose generation was replaced.
+    superseded: BTreeSet<u64>,
 }
 
 /// A connection to a broker.
@@ -94,6 +101,8 @@ pub(crate) struct Session {
     inner: Mutex<Inner>,
     changed: Condvar,
     dead: AtomicBool,
+    /// Whether the generation of any lease was replaced.
+    superseded: AtomicBool,
 }
 
 fn failure(error: FramedError) -> SdkError {
@@ -137,6 +146,7 @@ impl Session {
             welcome: None,
             parting: None,
             dead: None,
+            superseded: BTreeSet::new(),
         };
         Ok(Session {
             hello_id,
@@ -145,6 +155,7 @@ impl Session {
             inner: Mutex::new(inner),
             changed: Condvar::new(),
             dead: AtomicBool::new(false),
+            superseded: AtomicBool::new(false),
         })
     }
 
@@ -170,6 +181,22 @@ impl Session {
             }
         }
         self.is_alive()
+    }
+
+    /// Whether the generation of a lease was replaced, as far as was read. Costs no lock where none was.
+    pub(crate) fn is_superseded(&self, lease_id: u64) -> bool {
+        self.superseded.load(Ordering::Acquire) && self.lock().superseded.contains(&lease_id)
+    }
+
+    /// Forgets a lease that was given back.
+    pub(crate) fn forget_superseded(&self, lease_id: u64) {
+        if self.superseded.load(Ordering::Acquire) {
+            let mut inner = self.lock();
+            inner.superseded.remove(&lease_id);
+            if inner.superseded.is_empty() {
+                self.superseded.store(false, Ordering::Release);
+            }
+        }
     }
 
     /// The broker's greeting, once it has come.
@@ -448,6 +475,9 @@ impl Session {
             }
             BrokerMessage::Released => drop(settle(inner, id, Ok(Reply::Released))),
             BrokerMessage::Status(report) => drop(settle(inner, id, Ok(Reply::Status(Box::new(report))))),
+            BrokerMessage::ConfigurationReloaded(what) => {
+                let _ = settle(inner, id, Ok(Reply::ConfigurationReloaded(what)));
+            }
             BrokerMessage::ShuttingDown => drop(settle(inner, id, Ok(Reply::ShuttingDown))),
             BrokerMessage::Pong => drop(settle(inner, id, Ok(Reply::Pong))),
             // Providers have connections of their own.
@@ -457,6 +487,15 @@ impl Session {
             | BrokerMessage::Withdrawn => {
                 let what = "a message for providers to a session that provides nothing".into();
                 return Err(SdkError::Fault { peer: "the broker", what });
+            }
+            BrokerMessage::Model(outcome) => drop(settle(inner, id, Ok(Reply::Model(Box::new(outcome))))),
+            BrokerMessage::Superseded(Superseded { lease_id, .. }) => {
+                inner.superseded.insert(lease_id);
+                // The oldest is one that was given back as this was said.
+                if inner.superseded.len() > MAX_SUPERSEDED {
+                    inner.superseded.pop_first();
+                }
+                self.superseded.store(true, Ordering::Release);
             }
         }
         Ok(())

@@ -162,6 +162,7 @@ impl Core {
     /// Answers a job without an engine.
     pub(super) fn answer_here(&mut self, relay_id: u64, status: Code, message: &str) {
         let payload = super::cut(message.to_owned()).into_bytes();
+        self.metrics.failed(status);
         self.job_answered(AnswerFrame { job_id: relay_id, status, payload, queue_us: 0, execution_us: 0 });
     }
 

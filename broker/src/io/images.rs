@@ -60,5 +60,6 @@ pub(crate) fn check_image(
         content_hash: values.content_hash,
         backing,
         facts,
+        precision: values.precision.name(),
     })
 }

@@ -1,6 +1,7 @@
 //! `doctor`: looks at what a broker needs of this machine and this setup, and says how to mend what is wrong.
 
 use crate::args::DoctorArgs;
+use crate::configuration::CommandLine;
 use crate::failure::{Exit, Failure};
 use crate::terminal::{bold, bytes};
 use nix::sys::resource::{Resource, getrlimit};
@@ -9,7 +10,7 @@ use serde_json::json;
 use shm_os::image_backing::{ImageBacking, ImageKey, SealedMemfd, shared_memory_huge_pages};
 use shm_os::run_dir::{LockFile, check_private_dir, default_run_dir, ensure_private_dir};
 use shm_os::{lane_mapping::LaneMapping, process, socket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use worker_sdk::StartBroker;
 
 /// Below this a 2 GB model does not fit beside its download.
@@ -49,9 +50,21 @@ fn check(name: &'static str, outcome: Result<String, String>, on_error: Verdict,
 }
 
 /// Prints every check; ends with exit code 8 when one failed.
-pub(super) fn run(socket: Option<PathBuf>, args: &DoctorArgs) -> Result<(), Failure> {
+pub(super) fn run(line: &CommandLine, args: &DoctorArgs) -> Result<(), Failure> {
+    let configuration = line.load();
+    // A configuration that cannot be used is one of the findings; the others are told all the same.
+    let socket = configuration.as_ref().ok().and_then(|all| all.settings().serve.socket.clone());
     let socket = socket.unwrap_or_else(|| default_run_dir().join(worker_sdk::SOCKET_FILE_NAME));
     let mut checks = checks(&socket);
+    checks.insert(
+        0,
+        check(
+            "configuration",
+            configuration.map(|_| configuration_file(line)).map_err(text),
+            Verdict::Fail,
+            "change what is named; `modelbroker config check` looks again",
+        ),
+    );
     if args.images {
         checks.push(images());
     }
@@ -132,6 +145,13 @@ fn checks(socket: &Path) -> Vec<Check> {
             "as root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (first touch of a large model gets faster)",
         ),
     ]
+}
+
+fn configuration_file(line: &CommandLine) -> String {
+    match line.file() {
+        Some((path, _)) if path.is_file() => format!("{} can be used", path.display()),
+        _ => "no file; defaults, environment and options can be used".into(),
+    }
 }
 
 fn text(error: impl std::fmt::Display) -> String {

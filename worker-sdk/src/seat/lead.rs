@@ -48,7 +48,7 @@ impl Seat {
         Ok(model)
     }
 
-    fn acquire(&self, deadline: Deadline, watch: Watch<'_>) -> Result<Link, SdkError> {
+    pub(super) fn acquire(&self, deadline: Deadline, watch: Watch<'_>) -> Result<Link, SdkError> {
         let request = &*self.request;
         let session = self.core.session(self.core.settings.start, deadline, watch)?;
         let wait = deadline.left_within(request.wait);
@@ -96,6 +96,7 @@ impl Seat {
             }
             None => return self.relink(state, until),
         }
+        let mut state = self.freshen_leading(state);
         let news = self.reap(&mut state);
         self.push(&mut state);
         let slice = state.slice(until);

@@ -254,8 +254,14 @@ impl Link {
             .collect()
     }
 
+    /// Whether its model was replaced by another generation, as far as was read.
+    pub(super) fn is_superseded(&self) -> bool {
+        self.session.is_superseded(self.lease_id)
+    }
+
     /// Gives the lease back.
     pub(super) fn release(self) {
+        self.session.forget_superseded(self.lease_id);
         if self.session.is_alive() {
             self.session.tell(&ClientMessage::Release { lease_id: self.lease_id });
         }

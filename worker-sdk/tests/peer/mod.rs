@@ -411,6 +411,8 @@ impl Broker {
                     faults: 0,
                     provided: vec![],
                     open_descriptors: 0,
+                    metrics: Default::default(),
+                    alerts: vec![],
                 };
                 stream.send(id, &BrokerMessage::Status(report), vec![], long).is_ok()
             }
@@ -419,7 +421,16 @@ impl Broker {
                 self.stop.store(true, SeqCst);
                 true
             }
+            ClientMessage::ReloadConfiguration => {
+                let answer = BrokerMessage::ConfigurationReloaded(Default::default());
+                stream.send(id, &answer, vec![], long).is_ok()
+            }
             ClientMessage::Ping => stream.send(id, &BrokerMessage::Pong, vec![], long).is_ok(),
+            ClientMessage::Model(_) => {
+                let message = "this peer knows no orders".to_owned();
+                let refusal = Refusal { code: Code::UnsupportedOperation, message, retry_after_ms: 0 };
+                stream.send(id, &BrokerMessage::Refused(refusal), vec![], long).is_ok()
+            }
         }
     }
 
