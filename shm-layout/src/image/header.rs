@@ -145,7 +145,8 @@ impl Isa {
     }
 }
 
-/// A set of pooling modes; their outputs are concatenated in the order CLS, max, mean, mean by square root of length.
+/// A set of pooling modes; their outputs are concatenated in the order CLS, max, mean, mean by square root of length,
+/// last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pooling(u32);
 
@@ -158,12 +159,14 @@ impl Pooling {
     pub const MEAN: Pooling = Pooling(4);
     /// Sum over tokens divided by the square root of their number.
     pub const MEAN_SQRT_LEN: Pooling = Pooling(8);
+    /// The last token's hidden state.
+    pub const LAST: Pooling = Pooling(16);
     /// All single modes in output order.
-    pub const ALL: [Pooling; 4] = [Self::CLS, Self::MAX, Self::MEAN, Self::MEAN_SQRT_LEN];
+    pub const ALL: [Pooling; 5] = [Self::CLS, Self::MAX, Self::MEAN, Self::MEAN_SQRT_LEN, Self::LAST];
 
     /// The set of these bits, or `None` when it is empty or has an unknown bit.
     pub fn from_bits(bits: u32) -> Option<Self> {
-        (bits != 0 && bits < 16).then_some(Pooling(bits))
+        (bits != 0 && bits < 32).then_some(Pooling(bits))
     }
 
     /// The bits of the set.

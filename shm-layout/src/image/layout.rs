@@ -70,7 +70,7 @@ pub const HEADER_FIELDS: &[Field] = &[
         4,
         "u32",
         "compiler",
-        "bit set, outputs concatenated in this order: 1 CLS, 2 max, 4 mean, 8 mean by square root of length",
+        "bit set, outputs concatenated in this order: 1 CLS, 2 max, 4 mean, 8 mean by square root of length, 16 last",
     ),
     Field::new(
         "flags",
