@@ -4,7 +4,7 @@ use crate::compute::{Compute, ComputeError, Generating, Loader, ModelFacts, Rece
 use engine::{EncodedText, Model, ModelError};
 use shm_layout::cache::saved_identity;
 use shm_layout::code::Code;
-use shm_layout::image::{ImageBytes, Task};
+use shm_layout::image::ImageBytes;
 use shm_layout::wire::{self, FinishReason, GenerateRequest};
 use shm_os::ReadOnlyMapping;
 use shm_os::image_backing::{BackingKind, map_published};
@@ -109,8 +109,8 @@ impl Compute for EngineModel {
     type Prepared = EncodedText;
     type Run = NoRun;
 
-    fn prepare_pairs(&self, _query: &str, _texts: &[&str]) -> Result<Vec<EncodedText>, ComputeError> {
-        Err(ComputeError::new(Code::WrongTask, "this model does not rank"))
+    fn prepare_pairs(&self, query: &str, texts: &[&str]) -> Result<Vec<EncodedText>, ComputeError> {
+        self.model.encode_pairs(query, texts).map_err(|error| refusal(&error))
     }
 
     fn begin(&self, _request: &GenerateRequest) -> Result<NoRun, ComputeError> {
@@ -124,7 +124,7 @@ impl Compute for EngineModel {
     fn facts(&self) -> ModelFacts {
         let info = self.model.info();
         ModelFacts {
-            task: Task::Embed,
+            task: info.task,
             dim: info.output_dim,
             max_seq_tokens: info.max_seq_tokens,
             fingerprint: info.fingerprint,
