@@ -8,12 +8,14 @@
 mod checkpoint;
 mod error;
 mod folder;
+mod generator;
 mod plan;
 mod sentence;
 mod tokenizer_check;
 mod write;
 
 pub use error::CompileError;
+pub(crate) use generator::table_precision;
 
 use crate::config::{EncoderConfig, MAX_CONFIG_BYTES};
 use crate::model::TextEncoder;
@@ -142,6 +144,9 @@ pub fn compile_folder(
 ) -> Result<CompileSummary, CompileError> {
     check_model_id(&options.model_id)?;
     let mut folder = ModelFolder::open(folder, &options.allow_symlinks_into)?;
+    if let Some((plan, checkpoint)) = generator_plan(&mut folder, options)? {
+        return finish(&plan, &checkpoint, &folder, out, progress);
+    }
     let settings = SentenceSettings::read(&mut folder)?;
     let prefix = settings.prefix.clone();
     let config_json = required(
@@ -177,7 +182,33 @@ pub fn compile_folder(
     sections.extend(settings.modules_json.map(|data| (SectionKind::Modules, data)));
     let plan = plan::layout(header, &sections, tensors)?;
     drop(sections);
-    let content_hash = write::write(&plan, &checkpoint, out, progress)?;
+    finish(&plan, &checkpoint, &folder, out, progress)
+}
+
+/// The image of a generator, if the folder holds one: by the `model_type` of its config.json, unless it is made for embedding.
+fn generator_plan(
+    folder: &mut ModelFolder,
+    options: &CompileOptions,
+) -> Result<Option<(plan::Plan, Checkpoint)>, CompileError> {
+    let Some(config_json) = folder.read("config.json", MAX_CONFIG_BYTES)? else { return Ok(None) };
+    if !generator::generator_type(&config_json)? || folder.file("modules.json")?.is_some() {
+        return Ok(None);
+    }
+    let files = generator::GeneratorFiles::read(folder, config_json)?;
+    let checkpoint = Checkpoint::open(folder, "")?;
+    let plan = generator::plan_image(files, &checkpoint, options)?;
+    Ok(Some((plan, checkpoint)))
+}
+
+/// Writes a planned image and proves that the folder did not change meanwhile.
+fn finish(
+    plan: &plan::Plan,
+    checkpoint: &Checkpoint,
+    folder: &ModelFolder,
+    out: &mut dyn ImageSink,
+    progress: &mut dyn FnMut(CompileProgress),
+) -> Result<CompileSummary, CompileError> {
+    let content_hash = write::write(plan, checkpoint, out, progress)?;
     checkpoint.files.iter().try_for_each(folder::SourceFile::check_unchanged)?;
     folder.check_unchanged()?;
     Ok(CompileSummary {

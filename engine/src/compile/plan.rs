@@ -28,6 +28,8 @@ pub(crate) enum Make {
     Scales,
     /// Of each row of the stacked sources the sum of its int8 weights, times their scale.
     Sums,
+    /// The one source's bytes as they are: quantised blocks.
+    Copy,
 }
 
 /// One tensor of the image to be.
@@ -131,6 +133,7 @@ impl Finder<'_> {
             Make::Concat => (DType::F32, std::iter::once(rows).chain(each[1..].iter().copied()).collect()),
             Make::Pack(precision) => (precision.dtype(), precision.matrix_shape(each[1], rows).to_vec()),
             Make::Scales | Make::Sums => (DType::F32, vec![rows]),
+            Make::Copy => (DType::Blocks, each.to_vec()),
         };
         self.planned.push(PlannedTensor { name, dtype, shape, make, sources: found, offset: 0 });
         Ok(())
