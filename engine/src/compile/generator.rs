@@ -17,7 +17,7 @@ use shm_layout::image::{DType, Pooling, SectionKind};
 /// Largest tokenizer_config.json, bytes: Llama 3's lists 256 special tokens.
 const MAX_TOKENIZER_CONFIG_BYTES: u64 = 4 << 20;
 /// Tensors that checkpoints may carry and generating never uses: buffers.
-const UNUSED: [&str; 3] = ["rotary_emb.inv_freq", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
+const UNUSED: [&str; 4] = ["rope_freqs.weight", "rotary_emb.inv_freq", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
 
 /// The small files of a generator, from a folder or from the metadata of a GGUF file.
 pub(super) struct GeneratorFiles {

@@ -9,6 +9,8 @@ mod checkpoint;
 mod error;
 mod folder;
 mod generator;
+mod gguf;
+mod gguf_files;
 mod plan;
 mod sentence;
 mod tokenizer_check;
@@ -190,6 +192,9 @@ fn generator_plan(
     folder: &mut ModelFolder,
     options: &CompileOptions,
 ) -> Result<Option<(plan::Plan, Checkpoint)>, CompileError> {
+    if let Some(name) = folder.only_file_ending_in(".gguf")? {
+        return gguf_plan(folder, &name, options).map(Some);
+    }
     let Some(config_json) = folder.read("config.json", MAX_CONFIG_BYTES)? else { return Ok(None) };
     if !generator::generator_type(&config_json)? || folder.file("modules.json")?.is_some() {
         return Ok(None);
@@ -198,6 +203,23 @@ fn generator_plan(
     let checkpoint = Checkpoint::open(folder, "")?;
     let plan = generator::plan_image(files, &checkpoint, options)?;
     Ok(Some((plan, checkpoint)))
+}
+
+/// The image of a generator in a GGUF file.
+fn gguf_plan(
+    folder: &mut ModelFolder,
+    name: &str,
+    options: &CompileOptions,
+) -> Result<(plan::Plan, Checkpoint), CompileError> {
+    let file = folder
+        .file(name)?
+        .ok_or_else(|| CompileError::Missing { name: name.to_owned(), fix: "put the file back and try again" })?;
+    let header = gguf::read(&file)?;
+    let beside = folder.read("tokenizer.json", tokenizer_check::MAX_TOKENIZER_BYTES)?;
+    let files = gguf_files::read(&file, &header, beside)?;
+    let checkpoint = gguf::checkpoint(file, &header)?;
+    let plan = generator::plan_image(files, &checkpoint, options)?;
+    Ok((plan, checkpoint))
 }
 
 /// Writes a planned image and proves that the folder did not change meanwhile.

@@ -19,13 +19,15 @@ const T5_OUTPUT_TOKENS: usize = 4096;
 const MAX_END_TOKENS: usize = 16;
 
 /// How rotary positions are computed.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Rope {
     pub(crate) theta: f64,
     /// Llama 3's way of stretching them.
     pub(crate) llama3: Option<Llama3Rope>,
     /// Whether neighbours are turned, not halves: weights of GGUF files for llama.
     pub(crate) neighbours: bool,
+    /// What frequencies are divided by, one for each pair; empty: nothing.
+    pub(crate) factors: Vec<f32>,
 }
 
 /// `rope_scaling` of type `llama3`.
@@ -238,7 +240,7 @@ fn causal(fields: &Fields, family: Family) -> Result<GeneratorConfig, ConfigErro
         eps: fields.epsilon("rms_norm_eps", 1e-6)?,
         ties_output: fields.flag("tie_word_embeddings", false)?,
         has_head_norms: family == Family::Qwen3,
-        rope: Some(rope(fields)?),
+        rope: Some(rope(fields, head_dim)?),
         t5: None,
         max_input_tokens: tokens - 1,
         max_total_tokens: tokens,
@@ -247,7 +249,7 @@ fn causal(fields: &Fields, family: Family) -> Result<GeneratorConfig, ConfigErro
 }
 
 /// `rope_theta` and `rope_scaling`, or both in the newer `rope_parameters`.
-fn rope(fields: &Fields) -> Result<Rope, ConfigError> {
+fn rope(fields: &Fields, head_dim: usize) -> Result<Rope, ConfigError> {
     let object = |field: &str| fields.0.0.get(field).and_then(Value::as_object);
     let newer = object("rope_parameters");
     let scaling = newer.or(object("rope_scaling"));
@@ -261,7 +263,20 @@ fn rope(fields: &Fields) -> Result<Rope, ConfigError> {
         return Err(unsupported("rope_theta", &theta.into(), "it must be above 1 and at most 1e12"));
     }
     let neighbours = fields.flag("rope_neighbours", false)?;
-    let Some(map) = scaling else { return Ok(Rope { theta, llama3: None, neighbours }) };
+    let factors = match fields.0.0.get("rope_factors") {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::Array(list)) if list.len() == head_dim / 2 => {
+            let factors: Vec<f32> = list.iter().filter_map(Value::as_f64).map(|factor| factor as f32).collect();
+            match factors.len() == list.len() && factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
+                true => factors,
+                false => return Err(ConfigError::Field { field: "rope_factors", wanted: "numbers above 0" }),
+            }
+        }
+        Some(_) => {
+            return Err(ConfigError::Field { field: "rope_factors", wanted: "one number for each pair of a head" });
+        }
+    };
+    let Some(map) = scaling else { return Ok(Rope { theta, llama3: None, neighbours, factors }) };
     let kind = map.get("rope_type").or(map.get("type"));
     let whole = map.get("partial_rotary_factor").and_then(Value::as_f64).is_none_or(|factor| factor == 1.0);
     let llama3 = match kind.and_then(Value::as_str).unwrap_or("default") {
@@ -286,7 +301,7 @@ fn rope(fields: &Fields) -> Result<Rope, ConfigError> {
         }
         other => return Err(bad(&other.into(), "only default and llama3 are supported")),
     };
-    Ok(Rope { theta, llama3, neighbours })
+    Ok(Rope { theta, llama3, neighbours, factors })
 }
 
 fn unsupported(field: &'static str, value: &Value, supported: &'static str) -> ConfigError {

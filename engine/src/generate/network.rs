@@ -175,7 +175,7 @@ impl Network {
             scale: if config.t5.is_some() { 1.0 } else { 1.0 / (config.head_dim as f32).sqrt() },
             feed: config.feed,
             precision,
-            rotates_neighbours: config.rope.is_some_and(|rope| rope.neighbours),
+            rotates_neighbours: config.rope.as_ref().is_some_and(|rope| rope.neighbours),
             keeps_layers: true,
         };
         let encoder = match config.t5 {
@@ -187,7 +187,7 @@ impl Network {
         };
         let prefix = if config.t5.is_some() { "decoder." } else { "" };
         let decoder = finder.stack(prefix, config.layers, shape, &config, false)?;
-        let frequencies = config.rope.map_or_else(Vec::new, |rope| frequencies(rope, config.head_dim));
+        let frequencies = config.rope.as_ref().map_or_else(Vec::new, |rope| frequencies(rope, config.head_dim));
         Ok(Network { config, embeddings, output, encoder, decoder, frequencies })
     }
 
@@ -211,10 +211,10 @@ impl Network {
 }
 
 /// Radians per position of each pair, with Llama 3's stretching (transformers' `_compute_llama3_parameters`).
-fn frequencies(rope: Rope, head_dim: usize) -> Vec<f32> {
+fn frequencies(rope: &Rope, head_dim: usize) -> Vec<f32> {
     let plain = (0..head_dim / 2).map(|pair| {
         let exponent = (2 * pair) as f32 / head_dim as f32;
-        1.0 / (rope.theta as f32).powf(exponent)
+        1.0 / (rope.theta as f32).powf(exponent) / rope.factors.get(pair).copied().unwrap_or(1.0)
     });
     let Some(scaled) = rope.llama3 else { return plain.collect() };
     plain

@@ -10,6 +10,7 @@ use crate::model::{MAX_TEXT_BYTES, ModelError};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, context};
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -108,16 +109,16 @@ pub(super) fn render(
         .iter()
         .map(|message| context! { role => message.role.as_str(), content => message.content.as_str() })
         .collect();
-    let mut values: Vec<(String, Value)> =
-        tokens.0.iter().map(|(name, token)| ((*name).to_owned(), Value::from(token.as_str()))).collect();
-    values.push(("messages".into(), Value::from(list)));
-    values.push(("add_generation_prompt".into(), Value::from(true)));
-    values.push(("tools".into(), Value::from(())));
-    values.push(("documents".into(), Value::from(())));
+    let mut values: BTreeMap<&str, Value> =
+        tokens.0.iter().map(|(name, token)| (*name, Value::from(token.as_str()))).collect();
+    values.insert("messages", Value::from(list));
+    values.insert("add_generation_prompt", Value::from(true));
+    values.insert("tools", Value::from(()));
+    values.insert("documents", Value::from(()));
     let mut out = Bounded(Vec::new());
     environment
         .template_from_str(&template)
-        .and_then(|template| template.render_captured_to(values.into_iter().collect::<Value>(), &mut out))
+        .and_then(|template| template.render_captured_to(Value::from(values), &mut out))
         .map_err(|error| fail(reason_of(&error)))?;
     String::from_utf8(out.0).map_err(|_| fail("its output is not UTF-8".into()))
 }

@@ -8,6 +8,8 @@ mod attention;
 mod blocks;
 mod forward;
 mod product;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 pub(crate) use weights::{
