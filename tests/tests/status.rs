@@ -85,7 +85,7 @@ fn the_status_is_what_its_schema_says() {
     assert_eq!((&ready["device"], &ready["error_message"]), (&Value::from("cpu"), &Value::Null));
     assert_eq!(models[1]["is_loaded"], false);
     assert!(
-        models[1]["error_message"].as_str().is_some_and(|why| why.contains("MODEL_NOT_FOUND")),
+        models[1]["error_message"].as_str().is_some_and(|why| why.contains("MODEL_INVALID")),
         "{}",
         models[1]
     );
@@ -94,7 +94,7 @@ fn the_status_is_what_its_schema_says() {
     assert!(
         metrics["execution"]["count"].as_u64() >= Some(2) && metrics["access"]["count"].as_u64() >= Some(3)
     );
-    assert!(metrics["errors"]["MODEL_NOT_FOUND"].as_u64() >= Some(1));
+    assert!(metrics["errors"]["MODEL_INVALID"].as_u64() >= Some(1));
     let memory = &metrics["memory"];
     for name in ["available_bytes", "broker_pss_bytes", "engine_pss_bytes", "image_bytes", "budget_bytes"] {
         assert!(memory[name].as_u64() > Some(0), "{name}: {memory}");
