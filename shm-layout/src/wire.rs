@@ -3,6 +3,7 @@
 //!
 //! A frame is a head of [`HEAD_BYTES`] bytes and a body. Descriptors that belong to a frame travel with its first byte.
 
+mod backing_kind;
 mod cache_messages;
 mod codec;
 mod head;
@@ -11,6 +12,7 @@ mod model_messages;
 
 pub use bincode::{Decode, Encode};
 
+pub use backing_kind::{BackingKind, UnknownBacking};
 pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
 pub use codec::{CodecError, FrameBuffer, decode_body, encode_frame};
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};

@@ -152,7 +152,7 @@ impl Core {
             sessions,
             faults: self.faults,
             open_descriptors: 0,
-            metrics: self.metrics_report(),
+            metrics: Box::new(self.metrics_report()),
             alerts: self.alerts.report(now_ns),
         }
     }

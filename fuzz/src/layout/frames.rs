@@ -142,11 +142,11 @@ fn status() -> StatusReport {
         }],
         faults: 0,
         open_descriptors: 9,
-        metrics: Metrics {
+        metrics: Box::new(Metrics {
             load: durations(),
             errors: vec![CodeCount { code: Code::Overloaded, count: 3 }],
             ..Metrics::default()
-        },
+        }),
         alerts: vec![Alert {
             name: "memory".into(),
             severity: "warning".into(),

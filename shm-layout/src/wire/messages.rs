@@ -1,6 +1,7 @@
 //! The messages: client and broker, broker and engine, broker and loader. Plain data; meaning is given where each is
 //! handled, bounds are in [`crate::limits`]. The order of variants and fields is the encoding: append, never reorder.
 
+use super::backing_kind::BackingKind;
 use super::cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
 use super::model_messages::{
     Alert, EngineMetrics, Metrics, ModelCommand, ModelDetail, ModelOutcome, Superseded,
@@ -223,69 +224,6 @@ pub struct ModelDescription {
     pub backing: BackingKind,
 }
 
-/// What holds an image's pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
-#[repr(u8)]
-pub enum BackingKind {
-    /// An anonymous memory object, sealed against every change.
-    SealedMemfd = 1,
-    /// A read-only file in the cache folder.
-    ImageFile = 2,
-    /// A POSIX shared-memory object without a name.
-    PosixShm = 3,
-}
-
-impl BackingKind {
-    /// Each kind, in the order of its number.
-    pub const ALL: [BackingKind; 3] =
-        [BackingKind::SealedMemfd, BackingKind::ImageFile, BackingKind::PosixShm];
-
-    /// The name in settings and in JSON.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            BackingKind::SealedMemfd => "memfd",
-            BackingKind::ImageFile => "file",
-            BackingKind::PosixShm => "posix-shm",
-        }
-    }
-
-    /// The number that stands for the kind.
-    #[must_use]
-    pub const fn as_u8(self) -> u8 {
-        self as u8
-    }
-
-    /// The kind of a number that a peer wrote.
-    #[must_use]
-    pub fn from_u8(number: u8) -> Option<BackingKind> {
-        BackingKind::ALL.into_iter().find(|kind| kind.as_u8() == number)
-    }
-}
-
-impl std::fmt::Display for BackingKind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// The text names no backing.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no image backing: use memfd, file or posix-shm")]
-pub struct UnknownBacking(
-    /// What was given, cut to a readable length.
-    pub String,
-);
-
-impl std::str::FromStr for BackingKind {
-    type Err = UnknownBacking;
-
-    fn from_str(text: &str) -> Result<BackingKind, UnknownBacking> {
-        let unknown = || UnknownBacking(text.chars().take(32).collect());
-        BackingKind::ALL.into_iter().find(|kind| kind.name() == text).ok_or_else(unknown)
-    }
-}
-
 /// A granted lease.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Leased {
@@ -436,7 +374,7 @@ pub struct StatusReport {
     /// Open descriptors of the broker, for leak checks.
     pub open_descriptors: u32,
     /// What was measured.
-    pub metrics: Metrics,
+    pub metrics: Box<Metrics>,
     /// What has got worse.
     pub alerts: Vec<Alert>,
 }

@@ -1,7 +1,8 @@
 //! What the messages say about the life of models: orders of clients, what became of them, and what a report tells of a
 //! model and of the whole. Plain data; the order of variants and fields is the encoding: append, never reorder.
 
-use super::messages::{BackingKind, ModelDescription};
+use super::backing_kind::BackingKind;
+use super::messages::ModelDescription;
 use super::{Decode, Encode};
 use crate::code::Code;
 
