@@ -96,7 +96,14 @@ fn the_status_is_what_its_schema_says() {
     );
     assert!(metrics["errors"]["MODEL_INVALID"].as_u64() >= Some(1));
     let memory = &metrics["memory"];
-    for name in ["available_bytes", "broker_pss_bytes", "engine_pss_bytes", "image_bytes", "budget_bytes"] {
+    for name in [
+        "available_bytes",
+        "broker_pss_bytes",
+        "engine_pss_bytes",
+        "sessions_pss_bytes",
+        "image_bytes",
+        "budget_bytes",
+    ] {
         assert!(memory[name].as_u64() > Some(0), "{name}: {memory}");
     }
     drop((lane, socket));

@@ -302,10 +302,6 @@ pub struct MemoryReport {
     pub budget_bytes: Option<u64>,
     /// What the system or the control group has left; `None` = it cannot be read.
     pub available_bytes: Option<u64>,
-    /// Proportional share (PSS) of broker and engine; `None` = it cannot be read.
-    pub broker_pss_bytes: Option<u64>,
-    /// Proportional share (PSS) of the engine; `None` = it cannot be read, as usual unless the engine is inspectable.
-    pub engine_pss_bytes: Option<u64>,
 }
 
 /// What the broker measured in its life.

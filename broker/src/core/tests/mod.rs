@@ -218,6 +218,7 @@ impl World {
                 let cache = made.then_some(CacheDescription { region_bytes: 4096 });
                 self.events.push_back(Event::CacheMade { generation, cache });
             }
+            Action::SupersedeCache { generation, by } => assert!(by > generation, "replaced by an older one"),
             Action::FillCache { generation, bulk, keys, .. } => {
                 assert!(self.caches.contains(&generation), "filled a cache that is gone");
                 self.filled.push((generation, bulk, keys.len()));
