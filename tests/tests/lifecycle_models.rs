@@ -389,10 +389,10 @@ impl Drop for Group {
 
 #[test]
 fn a_control_group_that_is_too_small_refuses_the_load_and_kills_nobody() {
-    const LIMIT_BYTES: u64 = 192 << 20;
+    const LIMIT_BYTES: u64 = 96 << 20;
     let models = Models::new(&["a"]);
-    // Its image has about 250 MiB.
-    tiny_model::write_padded(&models.path("large"), 9, 1_000_000);
+    // Its image has about 100 MiB.
+    tiny_model::write_padded(&models.path("large"), 9, 400_000);
     let Some(group) = Group::make(LIMIT_BYTES) else {
         eprintln!(
             "SKIPPED: no control group with a memory limit can be made here (not root, or no such controller)"
@@ -406,7 +406,7 @@ fn a_control_group_that_is_too_small_refuses_the_load_and_kills_nobody() {
     group.take(broker.pid().as_raw().cast_unsigned()).expect("a process can be put into the group");
     group.take(broker.engine_pid().as_raw().cast_unsigned()).expect("a process can be put into the group");
     let Err(SdkError::Refused { code, message, .. }) = client.model(&models.name("large")) else {
-        panic!("an image of 250 MiB was loaded in {LIMIT_BYTES} bytes")
+        panic!("an image of 100 MiB was loaded in {LIMIT_BYTES} bytes")
     };
     assert!(matches!(code, Code::OutOfMemory | Code::ModelLoadError), "{code}: {message}");
     assert!(
