@@ -1,7 +1,8 @@
 //! What a broker is told at its start, and every bound it holds to. No I/O: folders and sockets are touched in
 //! `run_folder` and `server`.
 
-use shm_layout::wire::BackingKind;
+use crate::reloaded::ReadAgain;
+use shm_os::image_backing::BackingChoice;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -167,7 +168,7 @@ pub struct BrokerConfig {
     /// Model given to clients that name none.
     pub default_model: String,
     /// What loaded images lie in.
-    pub backing: BackingKind,
+    pub backing: BackingChoice,
     /// Where loaders keep compiled images. The broker itself never looks into it.
     pub cache_dir: PathBuf,
     /// Program and leading arguments of an engine; `--link-fd 3` is appended.
@@ -186,6 +187,8 @@ pub struct BrokerConfig {
     pub cache_ttl: Duration,
     /// Engines keep caches over restarts (their command says where): none is ended without time to save.
     pub cache_persist: bool,
+    /// Processes that are kept running to provide models.
+    pub providers: Vec<ProviderCommand>,
     /// Models that clients ask for by an id. Every other name goes to the loader as it is.
     pub models: Vec<ModelSettings>,
     /// Names or ids loaded at start and kept, beside the models that are configured so.
@@ -200,10 +203,12 @@ pub struct BrokerConfig {
     pub log_model_usage: bool,
     /// Called once, when the socket accepts connections.
     pub on_ready: Option<Box<dyn FnOnce() + Send>>,
+    /// Reads the configuration again, for SIGHUP and for clients that ask for it; `None`: they are told that it cannot be.
+    pub on_reload: Option<ReadAgain>,
 }
 
 impl BrokerConfig {
-    /// A configuration with default limits, a sealed memfd as backing, no idle exit, and only this user let in. The
+    /// A configuration with default limits, backings by the images' sizes, no idle exit, and only this user let in. The
     /// lock file lies beside the socket, with `.lock` appended to its name.
     #[must_use]
     pub fn new(
@@ -219,7 +224,7 @@ impl BrokerConfig {
             socket_path,
             lock_path: PathBuf::from(lock_path),
             default_model,
-            backing: BackingKind::SealedMemfd,
+            backing: BackingChoice::Auto,
             cache_dir,
             engine_command,
             loader_command,
@@ -229,6 +234,7 @@ impl BrokerConfig {
             cache_entries: DEFAULT_CACHE_ENTRIES,
             cache_ttl: DEFAULT_CACHE_TTL,
             cache_persist: false,
+            providers: Vec::new(),
             models: Vec::new(),
             preload: Vec::new(),
             unload_after: DEFAULT_UNLOAD_AFTER,
@@ -236,6 +242,7 @@ impl BrokerConfig {
             memory_budget_bytes: None,
             log_model_usage: true,
             on_ready: None,
+            on_reload: None,
         }
     }
 }
@@ -256,6 +263,7 @@ impl std::fmt::Debug for BrokerConfig {
             .field("cache_entries", &self.cache_entries)
             .field("cache_ttl", &self.cache_ttl)
             .field("cache_persist", &self.cache_persist)
+            .field("providers", &self.providers)
             .field("models", &self.models)
             .field("preload", &self.preload)
             .field("unload_after", &self.unload_after)
@@ -264,6 +272,18 @@ impl std::fmt::Debug for BrokerConfig {
             .field("log_model_usage", &self.log_model_usage)
             .finish_non_exhaustive()
     }
+}
+
+/// A process that is started with the broker and started anew when it ends; it finds the broker's socket in
+/// `MODELBROKER_SOCKET` and is to provide the model named here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProviderCommand {
+    /// The model, `custom/...`.
+    pub model_id: String,
+    /// The program.
+    pub program: OsString,
+    /// Its arguments.
+    pub args: Vec<OsString>,
 }
 
 /// Every bound of the broker, with the code that a client sees at it.
@@ -340,6 +360,27 @@ pub struct Limits {
     pub drain_timeout: Duration,
     /// How long the last answers may take to reach their clients when the broker leaves.
     pub exit_flush: Duration,
+    /// Processes that the broker keeps running to provide models. Beyond: it does not start.
+    pub max_provider_processes: usize,
+    /// Provided models known at once. Beyond: `TOO_MANY`.
+    pub max_provided: usize,
+    /// Offers of all sessions at once. Beyond: `TOO_MANY`.
+    pub max_providers: usize,
+    /// Models that one session offers. Beyond: `TOO_MANY`.
+    pub max_provides_per_session: usize,
+    /// Things that a provider may do wrong before it is dropped.
+    pub provider_faults: u32,
+    /// How long a process that was dropped as a faulty provider may not provide anything. Before: `PROVIDER_FAILED`.
+    pub provider_ban: Duration,
+    /// How long jobs, and requests for leases, wait for a model that nobody provides just now. Beyond: `MODEL_UNAVAILABLE`, or
+    /// `MODEL_NOT_FOUND` where nobody ever has.
+    pub provider_return: Duration,
+    /// A provider's process that was up for so long counts as one that worked, and is started anew at once.
+    pub provider_healthy_after: Duration,
+    /// First delay of the restart of a provider's process that ended early; doubles with each further one.
+    pub provider_backoff_base: Duration,
+    /// Longest delay of the restart of a provider's process.
+    pub provider_backoff_cap: Duration,
 }
 
 const MIB: usize = 1 << 20;
@@ -381,6 +422,16 @@ impl Default for Limits {
             status_wait: Duration::from_millis(100),
             drain_timeout: Duration::from_secs(30),
             exit_flush: Duration::from_secs(1),
+            max_provider_processes: 32,
+            max_provided: 64,
+            max_providers: 128,
+            max_provides_per_session: 8,
+            provider_faults: 3,
+            provider_ban: Duration::from_secs(30),
+            provider_return: Duration::from_secs(15),
+            provider_healthy_after: Duration::from_secs(1),
+            provider_backoff_base: Duration::from_millis(100),
+            provider_backoff_cap: Duration::from_secs(10),
         }
     }
 }

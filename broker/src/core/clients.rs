@@ -69,8 +69,14 @@ impl Core {
                 self.send(session, request_id, BrokerMessage::ShuttingDown);
                 self.begin_leaving(now_ns, std::time::Duration::from_millis(u64::from(drain_ms)));
             }
+            (true, ClientMessage::ReloadConfiguration) => self.reload_wanted(session, request_id, is_owner),
             (true, ClientMessage::Model(command)) => self.model_command(now_ns, session, request_id, command),
             (true, ClientMessage::Ping) => self.send(session, request_id, BrokerMessage::Pong),
+            (true, ClientMessage::Provide(offer)) => self.provide(now_ns, session, request_id, offer),
+            (true, ClientMessage::ProviderAnswer(answer)) => self.provider_answered(now_ns, session, answer),
+            (true, ClientMessage::Withdraw { model_id }) => {
+                self.withdraw(now_ns, session, request_id, &model_id);
+            }
         }
     }
 
@@ -145,15 +151,14 @@ impl Core {
         self.unload_orders.retain(|(_, asked, _)| *asked != session);
         self.going.values_mut().for_each(|gone| gone.askers.retain(|(asked, _)| *asked != session));
         self.status.forget(session);
+        self.forget_reloads(session);
         for relay_id in self.relay.session_gone(session) {
-            self.tell_engine(ToEngine::CancelJob { relay_id }, Vec::new());
+            self.cancel_running(relay_id);
         }
         for lease_id in self.leases.of_session(session) {
             self.end_lease(now_ns, session, lease_id);
         }
-        if self.sessions.is_empty() {
-            self.idle_since_ns = Some(now_ns);
-        }
+        self.provider_left(now_ns, session);
     }
 
     fn release(&mut self, now_ns: u64, session: u64, request_id: u64, lease_id: u64) {

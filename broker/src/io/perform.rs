@@ -104,6 +104,14 @@ impl EventLoop {
             Action::StartEngine { incarnation } => self.start_engine(incarnation),
             Action::KillEngine { incarnation } => self.kill_engine(incarnation),
             Action::ToEngine { message, attachments } => self.engine.say(message, attachments),
+            Action::StartProvider { child } => self.start_provider(child),
+            Action::KillProvider { child } => self.providers.kill(child),
+            Action::ReadConfiguration => self.read_configuration(),
+            Action::Reconfigure { loader_command, cache_entries, cache_ttl } => {
+                self.loader_command = loader_command;
+                self.cache_entries = cache_entries;
+                self.cache_ttl = cache_ttl;
+            }
             Action::LookAtMemory => {
                 let caches =
                     self.caches.iter().map(|(generation, cache)| (*generation, cache.used_bytes())).collect();

@@ -88,6 +88,26 @@ pub(super) fn models(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Fai
     Ok(())
 }
 
+/// Has the broker read its configuration again and says what changed.
+pub(super) fn reload_config(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Failure> {
+    let client = super::client(socket, "reload-config", Some(StartBroker::Never)).connect()?;
+    let what = client.reload_configuration()?;
+    if args.json {
+        println!("{}", json!({ "applied": what.applied, "pending": what.pending }));
+        return Ok(());
+    }
+    if what.applied.is_empty() && what.pending.is_empty() {
+        println!("nothing changed");
+    }
+    for line in &what.applied {
+        println!("{} {line}", bold("applied"));
+    }
+    for line in &what.pending {
+        println!("{} {line}", bold("not applied"));
+    }
+    Ok(())
+}
+
 /// Asks the broker to leave and waits until it is gone.
 pub(super) fn stop(socket: Option<PathBuf>, args: &StopArgs) -> Result<(), Failure> {
     let client = super::client(socket, "stop", Some(StartBroker::Never)).connect()?;

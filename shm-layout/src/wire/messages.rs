@@ -2,10 +2,11 @@
 //! handled, bounds are in [`crate::limits`]. The order of variants and fields is the encoding: append, never reorder.
 
 use super::backing_kind::BackingKind;
-use super::cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
-use super::model_messages::{
-    Alert, EngineMetrics, Metrics, ModelCommand, ModelDetail, ModelOutcome, Superseded,
-};
+use super::cache_messages::{CacheDescription, CacheInsertKey, CacheTotals};
+use super::model_messages::{EngineMetrics, ModelCommand, ModelOutcome, Superseded};
+use super::provider_messages::{Provide, ProviderJob};
+use super::status_messages::{EngineTotals, StatusReport};
+use super::task_messages::{Partial, TaskFacts};
 use crate::code::Code;
 use bincode::{Decode, Encode};
 
@@ -19,6 +20,15 @@ pub enum Operation {
     Tokenize = 2,
     /// As `Embed`, but computed whatever the cache holds, and not kept in it.
     EmbedFresh = 3,
+    /// Bytes to bytes, as a provided model understands them; no model of an engine does.
+    Call = 4,
+    /// The first text with each of the others to scores; the answer is an embeddings payload with one row for each of the
+    /// others.
+    Rank = 5,
+    /// Texts to scores; the answer is an embeddings payload with one row for each text.
+    Classify = 6,
+    /// A [`super::GenerateRequest`] to a [`super::GenerateAnswer`]; as a frame only.
+    Generate = 7,
 }
 
 impl Operation {
@@ -29,6 +39,10 @@ impl Operation {
             1 => Some(Operation::Embed),
             2 => Some(Operation::Tokenize),
             3 => Some(Operation::EmbedFresh),
+            4 => Some(Operation::Call),
+            5 => Some(Operation::Rank),
+            6 => Some(Operation::Classify),
+            7 => Some(Operation::Generate),
             _ => None,
         }
     }
@@ -143,8 +157,20 @@ pub enum ClientMessage {
     },
     /// Answered by [`BrokerMessage::Pong`].
     Ping,
+    /// Offers to compute a model; answered by [`BrokerMessage::Provided`].
+    Provide(Provide),
+    /// The answer of a [`BrokerMessage::ProviderJob`]; its `job_id` is the relay id, its times are not looked at.
+    ProviderAnswer(AnswerFrame),
+    /// Takes no further jobs of a model that this session provides; those it has are still answered. Answered by
+    /// [`BrokerMessage::Withdrawn`].
+    Withdraw {
+        /// The model.
+        model_id: String,
+    },
     /// Wants something done with a model.
     Model(ModelCommand),
+    /// Asks the broker to read its configuration again.
+    ReloadConfiguration,
 }
 
 /// From the broker to a client.
@@ -169,10 +195,37 @@ pub enum BrokerMessage {
     ShuttingDown,
     /// Answer to a ping.
     Pong,
+    /// The session provides the model from now on.
+    Provided {
+        /// Under which jobs name it.
+        generation: u64,
+    },
+    /// A job for this provider.
+    ProviderJob(ProviderJob),
+    /// Nobody wants the answer of this job any more; it is still to be answered once.
+    ProviderCancel {
+        /// The job.
+        relay_id: u64,
+    },
+    /// No further jobs of the model come to this session.
+    Withdrawn,
+    /// A piece of a text that is being generated.
+    Partial(Partial),
     /// What became of a [`ClientMessage::Model`].
     Model(ModelOutcome),
     /// Unasked: the generation of one of the session's leases was replaced.
     Superseded(Superseded),
+    /// The configuration was read again. One that cannot be used is refused with `CONFIG_INVALID` and changes nothing.
+    ConfigurationReloaded(ConfigurationReloaded),
+}
+
+/// What became of a configuration that was read again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct ConfigurationReloaded {
+    /// What changed and takes effect, one line each.
+    pub applied: Vec<String>,
+    /// What changed and cannot take effect now, one line each, with what it needs.
+    pub pending: Vec<String>,
 }
 
 /// Answer to [`Hello`].
@@ -222,6 +275,8 @@ pub struct ModelDescription {
     pub content_hash: [u8; 32],
     /// What the image lies in: `memfd`, `file` or `posix-shm`.
     pub backing: BackingKind,
+    /// What it is for.
+    pub facts: TaskFacts,
 }
 
 /// A granted lease.
@@ -257,126 +312,6 @@ pub struct LoadProgress {
     pub done_bytes: u64,
     /// Bytes in all; 0 = unknown.
     pub total_bytes: u64,
-}
-
-/// State of one model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub enum ModelState {
-    /// A loader is at work.
-    Loading,
-    /// Served.
-    Ready,
-    /// The last load failed; the next request tries again.
-    Failed,
-    /// Not loaded; the next request loads it.
-    Unloaded,
-}
-
-/// One model in a [`StatusReport`].
-#[derive(Debug, Clone, PartialEq, Encode, Decode)]
-pub struct ModelReport {
-    /// Canonical id.
-    pub model_id: String,
-    /// State.
-    pub state: ModelState,
-    /// Its description once it has been loaded.
-    pub description: Option<ModelDescription>,
-    /// Duration of the load in µs, from request to ready.
-    pub load_us: u64,
-    /// Leases held now.
-    pub leases: u32,
-    /// Processes that hold them.
-    pub lease_pids: Vec<u32>,
-    /// Times it was loaded in this broker's life.
-    pub loads: u32,
-    /// Time since the last lease was granted or released, in µs.
-    pub idle_us: u64,
-    /// Why the last load failed.
-    pub error: Option<String>,
-    /// State of its vector cache, where it has one.
-    pub cache: Option<CacheReport>,
-    /// Everything else.
-    pub detail: ModelDetail,
-}
-
-/// One engine in a [`StatusReport`].
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct EngineReport {
-    /// Process; 0 while it is being replaced.
-    pub pid: u32,
-    /// Incarnation: 1 for the first.
-    pub incarnation: u64,
-    /// Times it was replaced.
-    pub restarts: u64,
-    /// Lanes it serves.
-    pub lanes: u32,
-    /// Compute threads.
-    pub threads: u32,
-    /// Totals of this incarnation.
-    pub totals: EngineTotals,
-}
-
-/// Counters of an engine.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
-pub struct EngineTotals {
-    /// Jobs answered.
-    pub jobs: u64,
-    /// Texts computed.
-    pub texts: u64,
-    /// Tokens computed, special tokens counted.
-    pub tokens: u64,
-    /// Jobs answered with an error.
-    pub errors: u64,
-    /// Jobs waiting now.
-    pub queued_jobs: u32,
-}
-
-/// One session in a [`StatusReport`].
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct SessionReport {
-    /// The session.
-    pub session_id: u64,
-    /// Its process.
-    pub pid: u32,
-    /// What it calls itself.
-    pub client_name: String,
-    /// Leases it holds.
-    pub leases: u32,
-    /// Lanes it has.
-    pub lanes: u32,
-    /// Jobs in flight on the socket.
-    pub socket_jobs: u32,
-    /// Time since it connected, in µs.
-    pub age_us: u64,
-}
-
-/// The state of everything.
-#[derive(Debug, Clone, PartialEq, Encode, Decode)]
-pub struct StatusReport {
-    /// The broker's version.
-    pub version: String,
-    /// Its process.
-    pub broker_pid: u32,
-    /// Its incarnation.
-    pub boot_id: u64,
-    /// Time since it started, in µs.
-    pub uptime_us: u64,
-    /// Model given to clients that name none.
-    pub default_model: String,
-    /// Models.
-    pub models: Vec<ModelReport>,
-    /// Engines.
-    pub engines: Vec<EngineReport>,
-    /// Sessions, the asking one included.
-    pub sessions: Vec<SessionReport>,
-    /// Sessions ended by a fault of their client, in this broker's life.
-    pub faults: u64,
-    /// Open descriptors of the broker, for leak checks.
-    pub open_descriptors: u32,
-    /// What was measured.
-    pub metrics: Box<Metrics>,
-    /// What has got worse.
-    pub alerts: Vec<Alert>,
 }
 
 /// From the broker to an engine.
@@ -505,6 +440,8 @@ pub enum FromEngine {
         /// The counters.
         totals: CacheTotals,
     },
+    /// A piece of the text of a job that came over the socket; its `job_id` is the relay id.
+    Partial(Partial),
     /// A probe's end.
     Probed {
         /// The model.
@@ -533,6 +470,8 @@ pub enum FromLoader {
         image_bytes: u64,
         /// What it lies in.
         backing: BackingKind,
+        /// What the model is for.
+        facts: TaskFacts,
     },
     /// It could not be done.
     Failed {
