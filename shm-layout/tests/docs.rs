@@ -156,7 +156,15 @@ fn codes() -> String {
 
 /// Every type of messages.rs and its neighbours that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    let files = ["messages", "cache_messages", "model_messages", "provider_messages", "task_messages"];
+    let files = [
+        "messages",
+        "backing_kind",
+        "status_messages",
+        "cache_messages",
+        "model_messages",
+        "provider_messages",
+        "task_messages",
+    ];
     // The tests at a file's end would hide what comes behind them.
     let texts = files.map(|name| {
         let text = source(&format!("shm-layout/src/wire/{name}.rs"));
@@ -386,7 +394,12 @@ fn limits_document_is_what_the_constants_say() {
         ("framed", constants("shm-os/src/framed.rs", any)),
         ("socket", constants("shm-os/src/socket.rs", max)),
         ("memfd", constants("shm-os/src/memfd.rs", max)),
-        ("engine-config", constants("engine/src/config.rs", max)),
+        (
+            "engine-config",
+            constants("engine/src/config/mod.rs", max)
+                + "\n"
+                + &constants("engine/src/config/families.rs", max),
+        ),
         ("engine-checkpoint", constants("engine/src/compile/checkpoint.rs", max)),
         ("engine-tokenizer", constants("engine/src/compile/tokenizer_check.rs", max)),
         (

@@ -153,7 +153,7 @@ impl Core {
             faults: self.faults,
             open_descriptors: 0,
             provided: self.provided_report(now_ns),
-            metrics: self.metrics_report(),
+            metrics: Box::new(self.metrics_report()),
             alerts: self.alerts.report(now_ns),
         }
     }

@@ -152,7 +152,7 @@ fn status_json(report: &StatusReport) -> Value {
         "sessions": report.sessions.iter().map(session_json).collect::<Vec<_>>(),
         "faults": report.faults,
         "open_descriptors": report.open_descriptors,
-        "metrics": metrics_json(&report.metrics),
+        "metrics": metrics_json(report),
         "alerts": alerts_json(&report.alerts),
     })
 }
