@@ -5,6 +5,7 @@
 
 mod cache_messages;
 mod codec;
+mod config_messages;
 mod head;
 mod messages;
 mod model_messages;
@@ -13,6 +14,7 @@ pub use bincode::{Decode, Encode};
 
 pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
 pub use codec::{CodecError, FrameBuffer, decode_body, encode_frame};
+pub use config_messages::ConfigurationReloaded;
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;
 pub use model_messages::*;

@@ -154,10 +154,10 @@ fn codes() -> String {
     out
 }
 
-/// Every type of messages.rs, cache_messages.rs and model_messages.rs that is encoded, field by field in the order of its encoding.
+/// Every type of messages.rs, cache_messages.rs, model_messages.rs and config_messages.rs that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
     // The unit tests of a file are not messages; `documented` stops at the first of them.
-    let files = ["messages.rs", "cache_messages.rs", "model_messages.rs"];
+    let files = ["messages.rs", "cache_messages.rs", "model_messages.rs", "config_messages.rs"];
     let text: String = files.iter().map(|file| source(&format!("shm-layout/src/wire/{file}"))).collect();
     let encoded = |name: &str| {
         let at = text.find(&format!(" {name} {{\n")).expect("the type is there");

@@ -2,6 +2,7 @@
 //! handled, bounds are in [`crate::limits`]. The order of variants and fields is the encoding: append, never reorder.
 
 use super::cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
+use super::config_messages::ConfigurationReloaded;
 use super::model_messages::{
     Alert, EngineMetrics, Metrics, ModelCommand, ModelDetail, ModelOutcome, Superseded,
 };
@@ -176,15 +177,6 @@ pub enum BrokerMessage {
     Superseded(Superseded),
     /// The configuration was read again. One that cannot be used is refused with `CONFIG_INVALID` and changes nothing.
     ConfigurationReloaded(ConfigurationReloaded),
-}
-
-/// What became of a configuration that was read again.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
-pub struct ConfigurationReloaded {
-    /// What changed and takes effect, one line each.
-    pub applied: Vec<String>,
-    /// What changed and cannot take effect now, one line each, with what it needs.
-    pub pending: Vec<String>,
 }
 
 /// Answer to [`Hello`].
