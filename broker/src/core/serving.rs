@@ -3,7 +3,7 @@
 
 use super::engine::Phase;
 use super::lanes::LaneState;
-use super::models::{CacheSide, EngineSide, ms_until};
+use super::models::{CacheSide, EngineSide, Reload, ms_until};
 use super::{Action, Attachment, Core};
 use shm_layout::code::Code;
 use shm_layout::wire::{CacheTotals, FromEngine, Refusal, ToEngine};
@@ -253,6 +253,10 @@ impl Core {
             let refusal = Refusal { code: Code::ModelUnavailable, message: message.clone(), retry_after_ms };
             self.refuse_waiters(waiters, &refusal);
             self.refuse_askers(askers, &refusal);
+            if self.models.entries.get(&id).is_some_and(|e| matches!(e.reload, Some(Reload::Warming { .. })))
+            {
+                self.fail_reload(now_ns, id, refusal);
+            }
         }
         self.answer_all(Code::ModelUnavailable, &message);
     }
