@@ -2,7 +2,7 @@
 //! `run_folder` and `server`.
 
 use crate::reloaded::ReadAgain;
-use shm_layout::wire::BackingKind;
+use shm_os::image_backing::BackingChoice;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -168,7 +168,7 @@ pub struct BrokerConfig {
     /// Model given to clients that name none.
     pub default_model: String,
     /// What loaded images lie in.
-    pub backing: BackingKind,
+    pub backing: BackingChoice,
     /// Where loaders keep compiled images. The broker itself never looks into it.
     pub cache_dir: PathBuf,
     /// Program and leading arguments of an engine; `--link-fd 3` is appended.
@@ -206,7 +206,7 @@ pub struct BrokerConfig {
 }
 
 impl BrokerConfig {
-    /// A configuration with default limits, a sealed memfd as backing, no idle exit, and only this user let in. The
+    /// A configuration with default limits, backings by the images' sizes, no idle exit, and only this user let in. The
     /// lock file lies beside the socket, with `.lock` appended to its name.
     #[must_use]
     pub fn new(
@@ -222,7 +222,7 @@ impl BrokerConfig {
             socket_path,
             lock_path: PathBuf::from(lock_path),
             default_model,
-            backing: BackingKind::SealedMemfd,
+            backing: BackingChoice::Auto,
             cache_dir,
             engine_command,
             loader_command,

@@ -45,7 +45,7 @@ pub(crate) enum Command {
     /// Generate load and measure it
     Load(LoadArgs),
     /// Say what is wrong with this machine or setup, and how to fix it
-    Doctor(JsonArgs),
+    Doctor(DoctorArgs),
     /// Show the settings that hold and where each comes from
     Config(ConfigArgs),
     /// Have the running broker read its configuration again
@@ -69,6 +69,8 @@ pub(crate) enum Command {
 /// What holds an image's pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Backing {
+    /// By size: memfd below 512 MiB, file from there on
+    Auto,
     /// A sealed memory object: nobody can change it, not even its owner
     Memfd,
     /// A read-only file in the cache folder: a restart maps it again at once
@@ -94,6 +96,7 @@ impl Backing {
     /// The word in settings.
     pub(crate) const fn name(self) -> &'static str {
         match self {
+            Backing::Auto => "auto",
             Backing::Memfd => "memfd",
             Backing::File => "file",
             Backing::PosixShm => "posix-shm",
@@ -271,6 +274,17 @@ pub(crate) struct StopArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct JsonArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What `doctor` looks at.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Also read every compiled image in the cache and check its hash; damaged ones are removed
+    #[arg(long)]
+    pub(crate) images: bool,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -26,10 +26,9 @@ fn without_empty_variables(command: clap::Command) -> clap::Command {
 fn wants_json(command: &args::Command) -> bool {
     use args::Command;
     match command {
-        Command::Status(args)
-        | Command::Models(args)
-        | Command::Doctor(args)
-        | Command::ReloadConfig(args) => args.json,
+        Command::Status(args) | Command::Models(args) | Command::ReloadConfig(args) => args.json,
+        Command::Doctor(args) => args.json,
+        Command::Model(args) => args.json,
         Command::Config(args) => args.json,
         Command::Index(args) => args.json,
         Command::Search(args) => args.json,

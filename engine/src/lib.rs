@@ -16,6 +16,7 @@ mod kernel;
 pub mod model;
 mod packing;
 mod threads;
+pub mod unigram;
 mod verify;
 pub mod wordpiece;
 

@@ -67,6 +67,8 @@ words! {
 words! {
     /// What weights images lie in.
     Backing {
+        /// By size: memfd for small ones, a file for large ones.
+        Auto = "auto",
         /// A sealed memory object.
         Memfd = "memfd",
         /// A read-only file.
@@ -331,7 +333,7 @@ impl Settings {
                     .and_then(Precision::from_word)
                     .unwrap_or(Precision::F32),
                 threads: of.count("serve.threads"),
-                backing: of.text("serve.backing").and_then(Backing::from_word).unwrap_or(Backing::Memfd),
+                backing: of.text("serve.backing").and_then(Backing::from_word).unwrap_or(Backing::Auto),
                 cache_dir: of.path("serve.cache_dir"),
                 idle_exit: of.seconds("serve.idle_exit_seconds"),
                 memory_budget_bytes: of.whole("serve.memory_budget_bytes"),

@@ -130,7 +130,7 @@ impl Spec {
 pub(crate) const MODEL_TYPES: &[&str] =
     &["embedding", "text2text", "reranker", "classifier", "chat", "custom", "remote"];
 pub(crate) const PRECISIONS: &[&str] = &["f32", "bf16", "int8", "auto"];
-pub(crate) const BACKINGS: &[&str] = &["memfd", "file", "posix-shm"];
+pub(crate) const BACKINGS: &[&str] = &["auto", "memfd", "file", "posix-shm"];
 pub(crate) const FALLBACKS: &[&str] = &["error", "local"];
 
 const SECONDS: Kind = Kind::Whole(0, MAX_SECONDS, "seconds");
@@ -275,8 +275,14 @@ const TABLE: &[Spec] = &[
         "compute threads of the engine; 0 = the cores that the process may use",
     )
     .flag("--threads"),
-    spec("serve.backing", Choice(BACKINGS), Preset::Text("memfd"), Restart, "what weights images lie in")
-        .flag("--backing"),
+    spec(
+        "serve.backing",
+        Choice(BACKINGS),
+        Preset::Text("auto"),
+        Restart,
+        "what weights images lie in; auto = memfd, and a file for large ones",
+    )
+    .flag("--backing"),
     spec(
         "serve.cache_dir",
         Path,

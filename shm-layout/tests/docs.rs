@@ -385,6 +385,25 @@ fn limits_document_is_what_the_constants_say() {
         ("engine-config", constants("engine/src/config.rs", max)),
         ("engine-checkpoint", constants("engine/src/compile/checkpoint.rs", max)),
         ("engine-tokenizer", constants("engine/src/compile/tokenizer_check.rs", max)),
+        (
+            "engine-unigram",
+            [
+                constants("engine/src/unigram/trie.rs", |name| name == "MAX_UNITS"),
+                constants("engine/src/unigram/tables.rs", max),
+                constants("engine/src/unigram/file.rs", max),
+                constants("engine/src/unigram/normalize.rs", max),
+            ]
+            .join("\n"),
+        ),
+        (
+            "loader",
+            [
+                constants("model-loader/src/stamp.rs", |name| name != "FIRST_LINE"),
+                constants("model-loader/src/verify.rs", max),
+                constants("shm-os/src/image_backing/choice.rs", any),
+            ]
+            .join("\n"),
+        ),
         ("engine-sentence", constants("engine/src/compile/sentence.rs", max)),
         ("engine-folder", constants("engine/src/compile/folder.rs", max)),
         ("engine-model", constants("engine/src/model/mod.rs", max)),
@@ -394,7 +413,13 @@ fn limits_document_is_what_the_constants_say() {
         ("source-layout", constants("model-source/src/layout.rs", max)),
         ("source-wheel", constants("model-source/src/wheel.rs", max)),
         ("source-unzip", constants("model-source/src/unzip.rs", max)),
-        ("sdk", constants("worker-sdk/src/settings.rs", |name| name.starts_with("DEFAULT_"))),
+        (
+            "sdk",
+            constants("worker-sdk/src/settings.rs", |name| {
+                name.starts_with("DEFAULT_") || name.starts_with("FALLBACK_P")
+            }),
+        ),
+        ("sdk-fallback", constants("worker-sdk/src/fallback.rs", |name| name.starts_with("RETURN_"))),
         ("sdk-split", constants("worker-sdk/src/split.rs", any)),
         ("sdk-seat", constants("worker-sdk/src/seat.rs", any)),
         ("pipeline", constants("doc-pipeline/src/limits.rs", any)),

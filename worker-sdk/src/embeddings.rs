@@ -1,5 +1,7 @@
 //! What comes back from `embed`: vectors with what made them. How they travel is `shm_layout::payload`'s.
 
+use crate::sharing::Way;
+
 /// One vector for each text, in the order of the texts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Embeddings {
@@ -7,12 +9,13 @@ pub struct Embeddings {
     fingerprint: u64,
     cached: Vec<bool>,
     values: Vec<f32>,
+    way: Way,
 }
 
 impl Embeddings {
     pub(crate) fn with_capacity(dim: usize, fingerprint: u64, rows: usize) -> Embeddings {
         let values = Vec::with_capacity(rows.saturating_mul(dim));
-        Embeddings { dim, fingerprint, cached: Vec::with_capacity(rows), values }
+        Embeddings { dim, fingerprint, cached: Vec::with_capacity(rows), values, way: Way::Shared }
     }
 
     pub(crate) fn from_parts(
@@ -22,7 +25,7 @@ impl Embeddings {
         values: Vec<f32>,
     ) -> Embeddings {
         debug_assert_eq!(cached.len() * dim, values.len());
-        Embeddings { dim, fingerprint, cached, values }
+        Embeddings { dim, fingerprint, cached, values, way: Way::Shared }
     }
 
     pub(crate) fn append(&mut self, mut rows: Embeddings) {
@@ -67,6 +70,19 @@ impl Embeddings {
     pub fn rows(&self) -> std::slice::ChunksExact<'_, f32> {
         // A model has at least one dimension; an empty result of an unknown model must not panic all the same.
         self.values.chunks_exact(self.dim.max(1))
+    }
+
+    #[cfg(feature = "local")]
+    pub(crate) fn computed_privately(mut self) -> Embeddings {
+        self.way = Way::Private;
+        self
+    }
+
+    /// Whether the shared model gave these vectors, or one that this process had to load for itself
+    /// ([`crate::Fallback::Local`]). They are the same bit for bit.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        self.way
     }
 
     /// For each vector, whether it came from a cache.

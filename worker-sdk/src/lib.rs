@@ -73,12 +73,21 @@
 //! parent: its [`Job`]s give [`SdkError::Forked`] in the child. Descriptors of the parent are closed in the child at its
 //! first use of the SDK, except those that another thread of the parent was using at the instant of the fork.
 //!
+//! # Without a broker
+//! With the feature `local` and [`Fallback::Local`] a call goes on where the shared model cannot be had: the process loads the
+//! model for itself, logs that, and returns to the shared one when a later call finds it again. [`Model::route_in_use`] and
+//! [`Embeddings::way`] say which it was; the vectors are the same bit for bit. How to bring programs over, step by step and
+//! back, is in `docs/migration.md`.
+//!
 //! # Environment
 //! | variable | meaning |
 //! |---|---|
 //! | `MODELBROKER_SOCKET` | the broker's socket; else `$XDG_RUNTIME_DIR/modelbroker/broker.sock` or `/tmp/modelbroker-UID/broker.sock` |
 //! | `MODELBROKER_BIN` | the program to start a broker with; else `modelbroker` beside this program or on the `PATH` |
 //! | `MODELBROKER_START` | `never`: no broker is ever started |
+//! | `MODELBROKER_FALLBACK` | `local`: load a model in this process when the shared one cannot be had (`error`) |
+//! | `MODELBROKER_SHARING_ENABLED`, `CORE_MODEL_MANAGER_SHARING_ENABLED` | `false`: every program loads its models itself |
+//! | `MODELBROKER_SHARING_ROLLOUT_PERCENT`, `CORE_MODEL_MANAGER_SHARING_ROLLOUT_PERCENT` | share of programs that use the broker, by their names |
 
 #![forbid(unsafe_code)]
 
@@ -86,10 +95,14 @@
 mod attach;
 mod cache;
 mod client;
+#[cfg(feature = "local")]
+mod compute;
 mod connect;
 mod embeddings;
 mod error;
 mod error_body;
+#[cfg(feature = "local")]
+mod fallback;
 mod fork_cell;
 mod job;
 mod model;
@@ -97,6 +110,7 @@ mod models;
 mod seat;
 mod session;
 mod settings;
+mod sharing;
 mod split;
 mod start;
 mod time;
@@ -114,6 +128,7 @@ pub use settings::{
     EmbedOptions, LOG_FILE_NAME, ModelRequest, PROGRAM_VARIABLE, Route, SOCKET_FILE_NAME, SOCKET_VARIABLE,
     START_VARIABLE, StartBroker,
 };
+pub use sharing::{FALLBACK_VARIABLE, Fallback, ROLLOUT_VARIABLES, SHARING_VARIABLES, Way, rollout_bucket};
 pub use shm_layout::code::Code;
 pub use shm_layout::payload::PayloadError;
 pub use shm_layout::wire::{

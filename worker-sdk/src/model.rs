@@ -1,18 +1,25 @@
 //! A leased model as callers use it: blocking calls here, futures in `job`. How jobs travel is `seat`'s.
 
 use crate::cache::Found;
-use crate::client::Client;
+use crate::client::{Client, check_local};
+#[cfg(feature = "local")]
+use crate::compute::Computer;
 use crate::embeddings::Embeddings;
 use crate::error::SdkError;
+#[cfg(feature = "local")]
+use crate::fallback::{PrivateWay, describe};
 use crate::fork_cell::ForkCell;
 use crate::job::Job;
 use crate::seat::{Answer, JobSpec, Seat, SeatRequest};
 use crate::settings::{EmbedOptions, ModelRequest};
+use crate::sharing::{Fallback, Way};
 use crate::split::split;
 use crate::time::Deadline;
 use shm_layout::limits::MAX_TEXT_BYTES;
+#[cfg(feature = "local")]
+use shm_layout::payload::decode_texts;
 use shm_layout::payload::{PayloadError, decode_embeddings, decode_token_spans, encode_texts};
-use shm_layout::wire::{ModelDescription, Operation};
+use shm_layout::wire::{LoadProgress, ModelDescription, Operation};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -39,6 +46,9 @@ struct Handle {
     client: Client,
     request: Arc<SeatRequest>,
     seats: ForkCell<Seat>,
+    /// The way without a broker, where the caller wants one.
+    #[cfg(feature = "local")]
+    private: Option<PrivateWay>,
 }
 
 impl Drop for Handle {
@@ -53,17 +63,72 @@ impl Drop for Handle {
 impl Model {
     pub(crate) fn lease(client: &Client, mut request: ModelRequest) -> Result<Model, SdkError> {
         request.check()?;
-        let wanted =
-            Arc::new(SeatRequest { name: request.resolved_name(), wait: request.wait, route: request.route });
-        let handle = Handle { client: client.clone(), request: wanted, seats: ForkCell::new() };
+        let core = client.core();
+        let fallback = request.fallback.unwrap_or(core.settings.fallback);
+        check_local(fallback)?;
+        let wanted = Arc::new(SeatRequest {
+            name: request.resolved_name(),
+            wait: request.wait,
+            route: request.route,
+            fall_back: fallback == Fallback::Local,
+        });
+        let shares = core.settings.shares();
+        if !shares && !cfg!(feature = "local") {
+            return Err(SdkError::SharingOff { reason: core.settings.why_not() });
+        }
+        let handle = Handle {
+            client: client.clone(),
+            #[cfg(feature = "local")]
+            private: (!shares || fallback == Fallback::Local)
+                .then(|| PrivateWay::new(wanted.name.clone(), !shares, core.settings.cache_dir.clone())),
+            request: wanted,
+            seats: ForkCell::new(),
+        };
         let model = Model { handle: Arc::new(handle) };
-        let mut watch = |step| {
-            if let (Some(step), Some(progress)) = (step, &mut request.progress) {
+        let mut report = |step: LoadProgress| {
+            if let Some(progress) = &mut request.progress {
                 progress(step);
             }
         };
-        model.seat().open(Deadline::after(None), &mut watch)?;
+        if shares {
+            let mut watch = |step: Option<LoadProgress>| step.into_iter().for_each(&mut report);
+            let opened = model.seat().open(Deadline::after(None), &mut watch);
+            #[cfg(feature = "local")]
+            if let (Err(error), Some(private)) = (&opened, &model.handle.private) {
+                private.fall_back(&model.seat(), error.clone(), &mut report)?;
+                return Ok(model);
+            }
+            opened?;
+        } else {
+            #[cfg(feature = "local")]
+            if let Some(private) = &model.handle.private {
+                private.model(None, &mut report)?;
+            }
+        }
         Ok(model)
+    }
+
+    /// Which way calls go just now: to the shared model, or to one that this process loaded because the shared one could not be
+    /// had ([`Fallback::Local`]) or sharing is switched off. [`Embeddings::way`] says it of a result.
+    #[must_use]
+    pub fn route_in_use(&self) -> Way {
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            return private.in_use();
+        }
+        Way::Shared
+    }
+
+    /// The result of jobs whose shared model failed, from a private one where this model has that way.
+    #[cfg(feature = "local")]
+    pub(crate) fn rescue(&self, error: SdkError, specs: &[Arc<JobSpec>]) -> Result<Embeddings, SdkError> {
+        let Some(private) = &self.handle.private else { return Err(error) };
+        let model = private.fall_back(&self.seat(), error, &mut |_| {})?;
+        let mut texts = Vec::new();
+        for spec in specs {
+            texts.extend(decode_texts(&spec.payload)?);
+        }
+        Ok(model.embed(&texts)?.computed_privately())
     }
 
     pub(crate) fn seat(&self) -> Arc<Seat> {
@@ -87,7 +152,12 @@ impl Model {
     /// # Errors
     /// Only in a forked child, where the lease is taken up first.
     pub fn description(&self) -> Result<Arc<ModelDescription>, SdkError> {
-        self.seat().model()
+        let seat = self.seat();
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            return private.run(&seat, || seat.model(), |model| Ok(Arc::new(describe(model))));
+        }
+        seat.model()
     }
 
     /// Times that the lease was taken up anew, because the broker went away, a peer broke the protocol, or the model was
@@ -115,21 +185,38 @@ impl Model {
         texts: &[T],
         options: &EmbedOptions,
     ) -> Result<Embeddings, SdkError> {
-        let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            return private.run(
+                &seat,
+                || self.embed_shared(&seat, texts, options),
+                |model| embed_privately(model, texts),
+            );
+        }
+        self.embed_shared(&seat, texts, options)
+    }
+
+    fn embed_shared<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
+        let deadline = Deadline::after(options.timeout);
         seat.freshen();
-        if let Some(found) = self.look_up(&seat, texts, options)? {
+        if let Some(found) = self.look_up(seat, texts, options)? {
             if found.missing.is_empty() {
                 return Ok(found.rows);
             }
             let missing: Vec<&str> = found.missing.iter().map(|index| texts[*index].as_ref()).collect();
-            let computed = self.compute(&seat, &missing, options, deadline)?;
+            let computed = self.compute(seat, &missing, options, deadline)?;
             if let Some(all) = found.merge(&computed) {
                 return Ok(all);
             }
             // The model was replaced meanwhile: what was found belongs to the old one.
         }
-        self.compute(&seat, texts, options, deadline)
+        self.compute(seat, texts, options, deadline)
     }
 
     /// What of a list the cache has; `None` when it has nothing of it, or is not to be asked.
@@ -193,13 +280,33 @@ impl Model {
     }
 
     /// Sends a list and gives a handle on its result at once: a future, or something to wait for or cancel. Waits only
-    /// while a great many jobs are in line already. The handle keeps a copy of the texts, and the lease.
+    /// while a great many jobs are in line already. The handle keeps a copy of the texts, and the lease. On a private model
+    /// ([`Fallback::Local`]) they are computed before this returns.
     ///
     /// # Errors
     /// As [`Model::embed_with`].
     pub fn submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
-        let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            let done = |rows| Job::new(self.clone(), Arc::clone(&seat), Vec::new(), Vec::new(), rows);
+            return private.run(
+                &seat,
+                || self.submit_shared(&seat, texts, options),
+                |model| embed_privately(model, texts).map(done),
+            );
+        }
+        self.submit_shared(&seat, texts, options)
+    }
+
+    fn submit_shared<T: AsRef<str>>(
+        &self,
+        seat: &Arc<Seat>,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Job, SdkError> {
+        let deadline = Deadline::after(options.timeout);
+        let seat = Arc::clone(seat);
         seat.freshen();
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
             return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
@@ -214,8 +321,12 @@ impl Model {
     /// As [`Model::submit`], but never waits.
     ///
     /// # Errors
-    /// [`SdkError::WouldBlock`] when there is no room for all of it just now, or the broker is away; nothing was sent.
+    /// [`SdkError::WouldBlock`] when there is no room for all of it just now, or the broker is away; nothing was sent. With
+    /// [`Fallback::Local`] as well: [`Model::submit`] goes on privately then.
     pub fn try_submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
+        if self.route_in_use() == Way::Private {
+            return Err(SdkError::WouldBlock);
+        }
         let seat = self.seat();
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
             return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
@@ -258,16 +369,54 @@ impl Model {
         options: &EmbedOptions,
     ) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
         let seat = self.seat();
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            return private.run(
+                &seat,
+                || self.spans_shared(&seat, texts, options),
+                |model| {
+                    check_lengths(texts)?;
+                    model.token_spans(texts)
+                },
+            );
+        }
+        self.spans_shared(&seat, texts, options)
+    }
+
+    fn spans_shared<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
         seat.freshen();
         let parts = split(texts, Operation::Tokenize, 1)?;
         let mut all = Vec::with_capacity(texts.len());
         let deadline = Deadline::after(options.timeout);
-        run(&seat, texts, parts, Operation::Tokenize, options, deadline, |range, answer| {
+        run(seat, texts, parts, Operation::Tokenize, options, deadline, |range, answer| {
             let texts: Vec<&str> = texts[range].iter().map(AsRef::as_ref).collect();
             all.append(&mut decode_token_spans(&answer.bytes, &texts)?);
             Ok(true)
         })?;
         Ok(all)
+    }
+}
+
+/// Vectors from a model in this process, for the same texts as a broker takes.
+#[cfg(feature = "local")]
+fn embed_privately<T: AsRef<str>>(model: &Computer, texts: &[T]) -> Result<Embeddings, SdkError> {
+    check_lengths(texts)?;
+    Ok(model.embed(texts)?.computed_privately())
+}
+
+#[cfg(feature = "local")]
+fn check_lengths<T: AsRef<str>>(texts: &[T]) -> Result<(), SdkError> {
+    let too_long = |text: &T| text.as_ref().len() > MAX_TEXT_BYTES;
+    match texts.iter().position(too_long) {
+        Some(index) => {
+            Err(PayloadError::TextTooLong { index, len_bytes: texts[index].as_ref().len() }.into())
+        }
+        None => Ok(()),
     }
 }
 

@@ -80,7 +80,7 @@ impl Client {
     /// [`SdkError::Refused`] with `MODEL_IN_USE`, naming who holds it, with [`UnloadMode::IfIdle`]; `MODEL_NOT_FOUND` for a
     /// name that the broker does not know.
     pub fn unload_model(&self, name: &str, mode: UnloadMode) -> Result<UnloadedModel, SdkError> {
-        let patience = self.core().settings.patience;
+        let patience = self.core().settings.patience();
         match self.order(name, StartBroker::Never, patience, |model| ModelCommand::Unload { model, mode })? {
             ModelOutcome::Unloaded { model_id, freed_bytes, pending } => {
                 Ok(UnloadedModel { model_id, freed_bytes, pending })

@@ -51,6 +51,8 @@ pub(crate) struct SeatRequest {
     pub(crate) name: String,
     pub(crate) wait: Duration,
     pub(crate) route: Route,
+    /// The caller can go on without a broker: jobs with a deadline wait for one no longer than those without.
+    pub(crate) fall_back: bool,
 }
 
 #[derive(Debug)]
@@ -157,6 +159,20 @@ impl Seat {
             return Ok(Arc::clone(model));
         }
         self.open(Deadline::after(None), &mut |_| {})
+    }
+
+    /// The model as it was last leased; `None` where it never was.
+    #[cfg(feature = "local")]
+    pub(crate) fn known_model(&self) -> Option<Arc<ModelDescription>> {
+        self.lock().model.clone()
+    }
+
+    /// Whether there is a lease with a broker that lives, as far as is known.
+    #[cfg(feature = "local")]
+    pub(crate) fn is_linked(&self) -> bool {
+        let mut state = self.lock();
+        self.look_after_silence(&mut state);
+        state.link.as_ref().is_some_and(|link| link.session.check_alive())
     }
 
     /// The cache to look into before a job is made.
@@ -296,7 +312,7 @@ impl Seat {
                 entry.refusals += 1;
                 let given_up = match entry.spec.deadline.at() {
                     Some(at) => now + pause >= at,
-                    None => now.duration_since(since) > self.core.settings.patience,
+                    None => now.duration_since(since) > self.core.settings.patience(),
                 };
                 if given_up {
                     state.jobs.finish(id, Err(refused(status)));

@@ -10,7 +10,7 @@ use super::reload::Reloader;
 use crate::config::{BrokerConfig, Limits};
 use crate::core::{Core, CoreConfig, Event, Policy, nanos};
 use crate::reloaded::ReadAgain;
-use shm_layout::wire::BackingKind;
+use shm_os::image_backing::BackingChoice;
 use shm_os::process::monotonic_ns;
 use shm_os::run_dir::effective_uid;
 use shm_os::socket::Listener;
@@ -85,7 +85,7 @@ pub(crate) struct EventLoop {
     pub(crate) bounds: ConnectionBounds,
     pub(crate) engine_command: Vec<OsString>,
     pub(crate) loader_command: Vec<OsString>,
-    pub(crate) backing: BackingKind,
+    pub(crate) backing: BackingChoice,
     pub(crate) cache_dir: PathBuf,
     pub(crate) poller: Poller,
     pub(crate) listener: Listener,

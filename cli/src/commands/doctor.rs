@@ -1,6 +1,6 @@
 //! `doctor`: looks at what a broker needs of this machine and this setup, and says how to mend what is wrong.
 
-use crate::args::JsonArgs;
+use crate::args::DoctorArgs;
 use crate::configuration::CommandLine;
 use crate::failure::{Exit, Failure};
 use crate::terminal::{bold, bytes};
@@ -50,7 +50,7 @@ fn check(name: &'static str, outcome: Result<String, String>, on_error: Verdict,
 }
 
 /// Prints every check; ends with exit code 8 when one failed.
-pub(super) fn run(line: &CommandLine, args: &JsonArgs) -> Result<(), Failure> {
+pub(super) fn run(line: &CommandLine, args: &DoctorArgs) -> Result<(), Failure> {
     let configuration = line.load();
     // A configuration that cannot be used is one of the findings; the others are told all the same.
     let socket = configuration.as_ref().ok().and_then(|all| all.settings().serve.socket.clone());
@@ -65,6 +65,9 @@ pub(super) fn run(line: &CommandLine, args: &JsonArgs) -> Result<(), Failure> {
             "change what is named; `modelbroker config check` looks again",
         ),
     );
+    if args.images {
+        checks.push(images());
+    }
     let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
     if args.json {
         let rows: Vec<_> = checks
@@ -215,6 +218,26 @@ fn cache_folder() -> Result<String, String> {
     let free_bytes = space.blocks_available() * space.fragment_size();
     let found = format!("{}, {} free", folder.display(), bytes(free_bytes));
     if free_bytes < LOW_DISK_BYTES { Err(found) } else { Ok(found) }
+}
+
+/// Reads every compiled image and checks its hash.
+fn images() -> Check {
+    const NAME: &str = "compiled images";
+    const FIX: &str =
+        "none: damaged images were removed and are compiled again when they are needed; check the disk";
+    let found = model_source::default_cache_dir()
+        .map_err(text)
+        .and_then(|folder| model_loader::verify_cached_images(&folder).map_err(text));
+    let outcome = found.and_then(|images| {
+        let damaged: Vec<String> = images
+            .iter()
+            .filter_map(|image| image.damage.as_ref().map(|damage| format!("{}: {damage}", image.name)))
+            .collect();
+        let sum_bytes = images.iter().map(|image| image.len_bytes).sum();
+        let whole = format!("{} checked, {}", images.len(), bytes(sum_bytes));
+        if damaged.is_empty() { Ok(whole) } else { Err(format!("{whole}; {}", damaged.join("; "))) }
+    });
+    check(NAME, outcome, Verdict::Fail, FIX)
 }
 
 fn default_model() -> Result<String, String> {

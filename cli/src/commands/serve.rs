@@ -7,7 +7,7 @@ use crate::logging;
 use broker::{BrokerConfig, DeviceChoice, LiveSettings, ModelKind, ModelSettings, Reloaded};
 use model_loader::PrecisionChoice;
 use settings::{Device, Effective, Live, ModelType, Settings, changes, in_force};
-use shm_layout::wire::BackingKind;
+use shm_os::image_backing::{BackingChoice, BackingKind};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
@@ -17,12 +17,13 @@ use std::time::Duration;
 /// Folder of saved vectors in the cache folder.
 const VECTORS_FOLDER: &str = "vectors";
 
-impl From<Backing> for BackingKind {
-    fn from(backing: Backing) -> BackingKind {
+impl From<Backing> for BackingChoice {
+    fn from(backing: Backing) -> BackingChoice {
         match backing {
-            Backing::Memfd => BackingKind::SealedMemfd,
-            Backing::File => BackingKind::ImageFile,
-            Backing::PosixShm => BackingKind::PosixShm,
+            Backing::Auto => BackingChoice::Auto,
+            Backing::Memfd => BackingKind::SealedMemfd.into(),
+            Backing::File => BackingKind::ImageFile.into(),
+            Backing::PosixShm => BackingKind::PosixShm.into(),
         }
     }
 }
@@ -139,9 +140,10 @@ fn broker_config(
     ];
     let mut config = BrokerConfig::new(socket, cache_dir, super::model_name(&serve.model), engine, loader);
     config.backing = match serve.backing {
-        settings::Backing::Memfd => BackingKind::SealedMemfd,
-        settings::Backing::File => BackingKind::ImageFile,
-        settings::Backing::PosixShm => BackingKind::PosixShm,
+        settings::Backing::Auto => BackingChoice::Auto,
+        settings::Backing::Memfd => BackingKind::SealedMemfd.into(),
+        settings::Backing::File => BackingKind::ImageFile.into(),
+        settings::Backing::PosixShm => BackingKind::PosixShm.into(),
     };
     config.idle_exit = serve.idle_exit.or(surroundings.client_idle_exit);
     config.allow_other_users = serve.allow_other_users;

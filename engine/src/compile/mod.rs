@@ -160,6 +160,7 @@ pub fn compile_folder(
     )?;
     let tokenizer = tokenizer_check::clean(&tokenizer, config.vocab_size)
         .map_err(|reason| CompileError::Tokenizer { reason })?;
+    let tables = if header.lower_case { None } else { crate::unigram::compile(&tokenizer) };
     // Loads it once, in this process that may die, so that no image holds a tokenizer that does not load.
     TextEncoder::new(&tokenizer, &config, header.max_seq_tokens as usize, header.lower_case)
         .map_err(|error| CompileError::Tokenizer { reason: error.to_string() })?;
@@ -175,6 +176,7 @@ pub fn compile_folder(
         settings.sentence_transformers_config.map(|data| (SectionKind::SentenceTransformersConfig, data)),
     );
     sections.extend(settings.modules_json.map(|data| (SectionKind::Modules, data)));
+    sections.extend(tables.map(|data| (SectionKind::TokenizerTables, data)));
     let plan = plan::layout(&config, header, &sections, tensors)?;
     drop(sections);
     let content_hash = write::write(&plan, &checkpoint, out, progress)?;

@@ -10,12 +10,13 @@ mod tokenize;
 pub use error::ModelError;
 pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 
-pub(crate) use tokenize::TextEncoder;
+pub(crate) use tokenize::{ImagePart, TextEncoder};
 
 use crate::config::EncoderConfig;
 use crate::kernel::{Breaks, Lookup, path_name, release_all_scratch};
 use crate::packing::Precision;
 use crate::threads::pool;
+use crate::unigram::Unigram;
 use network::{Network, Packed};
 use shm_layout::image::{
     CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES,
@@ -27,6 +28,10 @@ use std::sync::{Arc, OnceLock};
 pub const MAX_BATCH_TOKENS: usize = 2048;
 /// Tokens from which on a batch is computed on all threads; below it waking them costs more than they save.
 const MIN_PARALLEL_TOKENS: usize = 8;
+/// Length of an image from which on any batch is computed on all threads.
+const MIN_PARALLEL_BYTES: u64 = 512 << 20;
+/// Tokens of the probe: each weight is used by any one, and more would only take longer at every load.
+const PROBE_TOKENS: usize = 8;
 /// Texts from which on tokenization is spread over all threads.
 const MIN_PARALLEL_TEXTS: usize = 8;
 /// How far the norm of a normalised vector may be from one.
@@ -181,9 +186,29 @@ impl Model {
             let checked = CheckedImage::new(self.image.as_bytes())?;
             let missing = || ModelError::Inconsistent { what: "section tokenizer.json is missing".into() };
             let json = checked.section(SectionKind::Tokenizer).ok_or_else(missing)?;
+            // Tables that cannot be read are as good as none: the library reads the file that they were made from.
+            if let Some(tables) = self.place(checked.section(SectionKind::TokenizerTables))
+                && let Some(tables) = Unigram::open(Arc::clone(&self.image), tables)
+                && let Some(range) = self.place(Some(json))
+            {
+                let json = ImagePart { image: Arc::clone(&self.image), range };
+                return TextEncoder::over_tables(
+                    tables,
+                    json,
+                    self.network.config(),
+                    self.info.max_seq_tokens,
+                );
+            }
             TextEncoder::new(json, self.network.config(), self.info.max_seq_tokens, self.lower_case)
         };
         self.text_encoder.get_or_init(build).as_ref().map_err(ModelError::clone)
+    }
+
+    /// Where a section lies in the image.
+    fn place(&self, section: Option<&[u8]>) -> Option<Range<usize>> {
+        let section = section?;
+        let start = (section.as_ptr() as usize).checked_sub(self.image.as_bytes().as_ptr() as usize)?;
+        Some(start..start.checked_add(section.len())?)
     }
 
     /// Tokenizes texts, each cut to the model's length. Texts may hold special tokens' names; they count as those tokens.
@@ -260,7 +285,9 @@ impl Model {
     /// # Errors
     /// [`ModelError::Probe`] when the vector differs, or any other error of computing.
     pub fn probe(&self) -> Result<(), ModelError> {
-        let now = self.embed(&[PROBE_TEXT])?.values;
+        let mut text = self.encode(&[PROBE_TEXT])?;
+        text.iter_mut().for_each(|text| text.cut(PROBE_TOKENS));
+        let now = self.forward(&text.iter().collect::<Vec<_>>())?.values;
         let first = self.probe.get_or_init(|| now.clone());
         let same = first.iter().map(|value| value.to_bits()).eq(now.iter().map(|value| value.to_bits()));
         if same { Ok(()) } else { Err(ModelError::Probe) }
@@ -309,7 +336,8 @@ impl Model {
             }));
             packed.sequences.push(start..packed.tokens.len());
         }
-        let many = packed.tokens.len() >= MIN_PARALLEL_TOKENS;
+        // Of a large model all threads together read the weights faster, however few the tokens.
+        let many = packed.tokens.len() >= MIN_PARALLEL_TOKENS || self.info.image_bytes >= MIN_PARALLEL_BYTES;
         let pooling = (self.info.pooling, self.info.normalize);
         pool().run_alone(many, |threads| self.network.forward(&packed, threads, pooling, breaks))
     }

@@ -38,7 +38,7 @@ pub(super) fn read(json: &[u8], lower_case: bool) -> Option<Parts> {
         &model.unk_token,
         model.max_input_chars_per_word,
     )?;
-    let added_tokens = numbered(file.added_tokens, &vocab, model.vocab.0.len())?;
+    let added_tokens = numbered(file.added_tokens, |token| vocab.get(token), model.vocab.0.len())?;
     let (before, text_type_id, after) = match file.post_processor {
         None => Default::default(),
         Some(processor) => processor.fringes()?,
@@ -48,12 +48,16 @@ pub(super) fn read(json: &[u8], lower_case: bool) -> Option<Parts> {
 }
 
 /// Gives added tokens their ids as the crate does: the vocabulary's, else the next after its last. The file's are ignored.
-fn numbered(tokens: Vec<Added>, vocab: &Vocab, vocab_len: usize) -> Option<Vec<AddedToken>> {
+pub(crate) fn numbered(
+    tokens: Vec<Added>,
+    id_of: impl Fn(&str) -> Option<u32>,
+    vocab_len: usize,
+) -> Option<Vec<AddedToken>> {
     let mut next = u32::try_from(vocab_len).ok()?;
     let (mut contents, mut ids) = (HashSet::new(), HashSet::new());
     let mut numbered = Vec::with_capacity(tokens.len());
     for token in tokens {
-        let id = match vocab.get(&token.content) {
+        let id = match id_of(&token.content) {
             Some(id) => id,
             None => {
                 next = next.checked_add(1)?;
@@ -96,13 +100,14 @@ struct File<'a> {
     model: Model<'a>,
 }
 
-fn version() -> String {
+/// The version of a file that names none.
+pub(crate) fn version() -> String {
     VERSION.to_owned()
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Added {
+pub(crate) struct Added {
     #[serde(rename = "id")]
     _id: u32,
     content: String,
@@ -176,7 +181,7 @@ enum PreTokenizer {
 
 #[derive(Deserialize)]
 #[serde(tag = "type", deny_unknown_fields)]
-enum PostProcessor {
+pub(crate) enum PostProcessor {
     #[serde(rename = "BertProcessing")]
     Bert { sep: (String, u32), cls: (String, u32) },
     #[serde(rename = "TemplateProcessing")]
@@ -190,19 +195,19 @@ enum PostProcessor {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-enum Piece {
+pub(crate) enum Piece {
     Sequence { id: String, type_id: u32 },
     SpecialToken { id: String, type_id: u32 },
 }
 
 #[derive(Deserialize)]
-struct Special {
+pub(crate) struct Special {
     ids: Vec<u32>,
 }
 
 impl PostProcessor {
     /// Special tokens before the text, the text's type id, and special tokens behind it; `None` if that is not all.
-    fn fringes(self) -> Option<(Fringe, u32, Fringe)> {
+    pub(crate) fn fringes(self) -> Option<(Fringe, u32, Fringe)> {
         match self {
             PostProcessor::Bert { sep, cls } => Some(((vec![cls.1], vec![0]), 0, (vec![sep.1], vec![0]))),
             PostProcessor::Template { single, special_tokens, .. } => {

@@ -7,9 +7,9 @@
 //! between them is normalised (`normalize`, `chars`), cut into words at blanks and punctuation, and each word is cut
 //! into the longest vocabulary entries from left to right (`split`, `vocab`).
 
-mod added;
+pub(crate) mod added;
 mod chars;
-mod file;
+pub(crate) mod file;
 mod normalize;
 mod split;
 mod vocab;

@@ -30,17 +30,20 @@ pub enum SectionKind {
     SentenceTransformersConfig = 5,
     /// modules.json as found.
     Modules = 6,
+    /// A Unigram tokenizer's tables, as `engine::unigram` lays them out; only with a tokenizer.json that they cover.
+    TokenizerTables = 7,
 }
 
 impl SectionKind {
     /// All kinds in the order of their numbers.
-    pub const ALL: [SectionKind; 6] = [
+    pub const ALL: [SectionKind; 7] = [
         SectionKind::ModelId,
         SectionKind::Config,
         SectionKind::Tokenizer,
         SectionKind::SentenceBertConfig,
         SectionKind::SentenceTransformersConfig,
         SectionKind::Modules,
+        SectionKind::TokenizerTables,
     ];
 
     /// The kind of this number.

@@ -113,7 +113,7 @@ pub const SECTION_ENTRY_FIELDS: &[Field] = &[
         "u32",
         "compiler",
         "1 model id (UTF-8), 2 config.json, 3 tokenizer.json (checked and cleaned), 4 sentence_bert_config.json, \
-         5 config_sentence_transformers.json, 6 modules.json",
+         5 config_sentence_transformers.json, 6 modules.json, 7 tables of a Unigram tokenizer",
     ),
     Field::new("reserved", 4, 4, "u32", "compiler", "zero"),
     Field::new("offset", 8, 8, "u64", "compiler", "offset of the section in the image"),

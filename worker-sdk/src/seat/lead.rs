@@ -28,7 +28,7 @@ impl Seat {
                 Ok(link) => break link,
                 // A broker that was there and went away: the next one may be up at once.
                 Err(SdkError::Disconnected { .. } | SdkError::Refused { code: Code::ShuttingDown, .. })
-                    if started.elapsed() < self.core.settings.patience =>
+                    if started.elapsed() < self.core.settings.patience() =>
                 {
                     std::thread::sleep(backoff(attempts, RECONNECT_BASE, RECONNECT_CAP));
                     attempts += 1;
@@ -172,10 +172,11 @@ impl Seat {
             }
             Err(error) if error.is_broker_absence() => {
                 let waited = since.elapsed();
-                if waited > self.core.settings.patience {
+                if waited > self.core.settings.patience() {
                     let lost = SdkError::Disconnected { reason: error.to_string(), waited };
-                    // Those with a deadline of their own chose how long to wait.
-                    state.jobs.fail(&lost, |spec| spec.deadline.at().is_none());
+                    // Those with a deadline of their own chose how long to wait, unless they can go on elsewhere.
+                    let all = self.request.fall_back;
+                    state.jobs.fail(&lost, |spec| all || spec.deadline.at().is_none());
                     state.outage = None;
                 } else if let Some(outage) = &mut state.outage {
                     outage.not_before =

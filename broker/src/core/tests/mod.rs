@@ -27,10 +27,6 @@ fn no_bounds() -> Policy {
     }
 }
 
-fn core_with(limits: Limits) -> Core {
-    Core::new(config_with(limits, no_bounds()), 0)
-}
-
 fn config_with(limits: Limits, policy: Policy) -> CoreConfig {
     CoreConfig {
         default_model: "default".into(),
