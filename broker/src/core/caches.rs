@@ -10,7 +10,8 @@ impl Core {
     /// Has the cache of a new generation made; the generation is offered once it is there.
     pub(super) fn make_cache(&mut self, now_ns: u64, generation: u64) {
         let Some(image) = self.models.images.get(&generation) else { return };
-        if !self.config.caches {
+        let wanted = self.models.entries.get(&image.entry).is_none_or(|entry| entry.settings.cache);
+        if !self.config.caches || !wanted {
             self.cache_made(now_ns, generation, None);
             return;
         }
