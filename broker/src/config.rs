@@ -190,6 +190,8 @@ pub struct BrokerConfig {
     pub cache_ttl: Duration,
     /// Engines keep caches over restarts (their command says where): none is ended without time to save.
     pub cache_persist: bool,
+    /// Processes that are kept running to provide models.
+    pub providers: Vec<ProviderCommand>,
     /// Models that clients ask for by an id. Every other name goes to the loader as it is.
     pub models: Vec<ModelSettings>,
     /// Names or ids loaded at start and kept, beside the models that are configured so.
@@ -237,6 +239,7 @@ impl BrokerConfig {
             cache_entries: DEFAULT_CACHE_ENTRIES,
             cache_ttl: DEFAULT_CACHE_TTL,
             cache_persist: false,
+            providers: Vec::new(),
             models: Vec::new(),
             preload: Vec::new(),
             unload_after: DEFAULT_UNLOAD_AFTER,
@@ -266,6 +269,7 @@ impl std::fmt::Debug for BrokerConfig {
             .field("cache_entries", &self.cache_entries)
             .field("cache_ttl", &self.cache_ttl)
             .field("cache_persist", &self.cache_persist)
+            .field("providers", &self.providers)
             .field("models", &self.models)
             .field("preload", &self.preload)
             .field("unload_after", &self.unload_after)
@@ -275,6 +279,18 @@ impl std::fmt::Debug for BrokerConfig {
             .field("memory_monitoring", &self.memory_monitoring)
             .finish_non_exhaustive()
     }
+}
+
+/// A process that is started with the broker and started anew when it ends; it finds the broker's socket in
+/// `MODELBROKER_SOCKET` and is to provide the model named here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProviderCommand {
+    /// The model, `custom/...`.
+    pub model_id: String,
+    /// The program.
+    pub program: OsString,
+    /// Its arguments.
+    pub args: Vec<OsString>,
 }
 
 /// Every bound of the broker, with the code that a client sees at it.
@@ -351,6 +367,27 @@ pub struct Limits {
     pub drain_timeout: Duration,
     /// How long the last answers may take to reach their clients when the broker leaves.
     pub exit_flush: Duration,
+    /// Processes that the broker keeps running to provide models. Beyond: it does not start.
+    pub max_provider_processes: usize,
+    /// Provided models known at once. Beyond: `TOO_MANY`.
+    pub max_provided: usize,
+    /// Offers of all sessions at once. Beyond: `TOO_MANY`.
+    pub max_providers: usize,
+    /// Models that one session offers. Beyond: `TOO_MANY`.
+    pub max_provides_per_session: usize,
+    /// Things that a provider may do wrong before it is dropped.
+    pub provider_faults: u32,
+    /// How long a process that was dropped as a faulty provider may not provide anything. Before: `PROVIDER_FAILED`.
+    pub provider_ban: Duration,
+    /// How long jobs, and requests for leases, wait for a model that nobody provides just now. Beyond: `MODEL_UNAVAILABLE`, or
+    /// `MODEL_NOT_FOUND` where nobody ever has.
+    pub provider_return: Duration,
+    /// A provider's process that was up for so long counts as one that worked, and is started anew at once.
+    pub provider_healthy_after: Duration,
+    /// First delay of the restart of a provider's process that ended early; doubles with each further one.
+    pub provider_backoff_base: Duration,
+    /// Longest delay of the restart of a provider's process.
+    pub provider_backoff_cap: Duration,
 }
 
 const MIB: usize = 1 << 20;
@@ -392,6 +429,16 @@ impl Default for Limits {
             status_wait: Duration::from_millis(100),
             drain_timeout: Duration::from_secs(30),
             exit_flush: Duration::from_secs(1),
+            max_provider_processes: 32,
+            max_provided: 64,
+            max_providers: 128,
+            max_provides_per_session: 8,
+            provider_faults: 3,
+            provider_ban: Duration::from_secs(30),
+            provider_return: Duration::from_secs(15),
+            provider_healthy_after: Duration::from_secs(1),
+            provider_backoff_base: Duration::from_millis(100),
+            provider_backoff_cap: Duration::from_secs(10),
         }
     }
 }

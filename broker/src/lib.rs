@@ -22,7 +22,7 @@ mod server;
 
 pub use config::{
     BrokerConfig, DEFAULT_CACHE_ENTRIES, DEFAULT_CACHE_TTL, DEFAULT_MAX_SHARED_MODELS, DEFAULT_UNLOAD_AFTER,
-    DeviceChoice, Limits, ModelKind, ModelSettings, UnknownDevice, UnknownKind,
+    DeviceChoice, Limits, ModelKind, ModelSettings, ProviderCommand, UnknownDevice, UnknownKind,
 };
 pub use error::BrokerError;
 pub use reloaded::{LiveSettings, ReadAgain, Reloaded};

@@ -1,6 +1,7 @@
 //! From a configuration to a running broker and back: folder, lock, socket, signals; afterwards nothing is left behind.
 
 use crate::config::BrokerConfig;
+use crate::core::check_provided_id;
 use crate::error::BrokerError;
 use crate::io::EventLoop;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -34,6 +35,7 @@ pub fn run(mut config: BrokerConfig) -> Result<(), BrokerError> {
             return Err(BrokerError::NoCommand { child });
         }
     }
+    check_providers(&config)?;
     check_path(&config.socket_path)?;
     let run_dir = parent_of(&config.socket_path)?;
     if config.allow_other_users {
@@ -66,6 +68,21 @@ pub fn run(mut config: BrokerConfig) -> Result<(), BrokerError> {
     drop(lock);
     info!("broker left");
     Ok(outcome?)
+}
+
+fn check_providers(config: &BrokerConfig) -> Result<(), BrokerError> {
+    for (index, provider) in config.providers.iter().enumerate() {
+        let bad = |why: String| BrokerError::BadProvider { model_id: provider.model_id.clone(), why };
+        check_provided_id(&provider.model_id).map_err(bad)?;
+        if provider.program.is_empty() {
+            return Err(bad("its command is empty: name a program".to_owned()));
+        }
+        let most = config.limits.max_provider_processes;
+        if index >= most {
+            return Err(bad(format!("{most} processes for providers are the limit: name fewer")));
+        }
+    }
+    Ok(())
 }
 
 fn parent_of(path: &Path) -> Result<PathBuf, BrokerError> {

@@ -27,9 +27,14 @@ fn wants_json(command: &args::Command) -> bool {
     use args::Command;
     match command {
         Command::Status(args) | Command::Models(args) | Command::ReloadConfig(args) => args.json,
-        Command::Doctor(args) => args.json,
         Command::Model(args) => args.json,
         Command::Config(args) => args.json,
+        Command::Doctor(args) => args.json,
+        Command::Summarize(args) => args.json,
+        Command::Generate(args) => args.json,
+        Command::Similar(args) => args.corpus.json,
+        Command::Rank(args) => args.corpus.json,
+        Command::Classify(args) => args.json,
         Command::Index(args) => args.json,
         Command::Search(args) => args.json,
         Command::Load(args) => args.json,

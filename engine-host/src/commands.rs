@@ -12,7 +12,7 @@ use crate::schedule::Client;
 use shm_layout::cache::CacheReader;
 use shm_layout::code::Code;
 use shm_layout::limits::{MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES};
-use shm_layout::wire::{BackingKind, CacheDescription, FromEngine, JobFrame, ToEngine};
+use shm_layout::wire::{BackingKind, CacheDescription, FromEngine, JobFrame, Operation, ToEngine};
 use shm_os::Interest;
 use shm_os::cache_mapping::CacheMapping;
 use std::os::fd::{AsFd, OwnedFd};
@@ -215,6 +215,9 @@ impl<L: Loader> Host<L> {
         let origin = Origin::Relay { relay_id, cancelled: Arc::new(AtomicBool::new(false)) };
         if draining {
             return self.refuse_all(vec![Refused::new(origin, Code::ShuttingDown)]);
+        }
+        if job.operation == Operation::Generate {
+            return self.accept_generation(relay_id, session_id, generation, attempts, job);
         }
         let bytes = job.payload;
         let permit = Permit::acquire(&self.relayed_bytes, bytes.len(), MAX_RELAYED_INPUT_BYTES);

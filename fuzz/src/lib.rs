@@ -2,7 +2,7 @@
 //! `engine/tests/corpus.rs` and `settings/tests/corpus.rs`, which replay the saved inputs under plain `cargo test`.
 
 #[allow(dead_code)]
-#[path = "../../engine/src/config.rs"]
+#[path = "../../engine/src/config/mod.rs"]
 mod config;
 #[allow(dead_code)]
 #[path = "../../engine/src/json.rs"]

@@ -67,7 +67,7 @@ words! {
 words! {
     /// What weights images lie in.
     Backing {
-        /// By size: memfd for small ones, a file for large ones.
+        /// By size: a memory object below 512 MiB, a file from there on.
         Auto = "auto",
         /// A sealed memory object.
         Memfd = "memfd",

@@ -154,11 +154,22 @@ fn codes() -> String {
     out
 }
 
-/// Every type of messages.rs, cache_messages.rs, model_messages.rs and config_messages.rs that is encoded, field by field in the order of its encoding.
+/// Every type of messages.rs and its neighbours that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    // The unit tests of a file are not messages; `documented` stops at the first of them.
-    let files = ["messages.rs", "cache_messages.rs", "model_messages.rs", "config_messages.rs"];
-    let text: String = files.iter().map(|file| source(&format!("shm-layout/src/wire/{file}"))).collect();
+    let files = [
+        "messages",
+        "cache_messages",
+        "model_messages",
+        "provider_messages",
+        "task_messages",
+        "config_messages",
+    ];
+    // The tests at a file's end would hide what comes behind them.
+    let texts = files.map(|name| {
+        let text = source(&format!("shm-layout/src/wire/{name}.rs"));
+        text.split("#[cfg(test)]").next().unwrap_or_default().to_owned()
+    });
+    let text = texts.concat();
     let encoded = |name: &str| {
         let at = text.find(&format!(" {name} {{\n")).expect("the type is there");
         let before = &text[..at];
@@ -408,6 +419,7 @@ fn limits_document_is_what_the_constants_say() {
         ("engine-folder", constants("engine/src/compile/folder.rs", max)),
         ("engine-model", constants("engine/src/model/mod.rs", max)),
         ("engine-schedule", constants("engine-host/src/schedule.rs", any)),
+        ("engine-generate", constants("engine-host/src/generate.rs", any)),
         ("source", limits("model-source/src/options.rs")),
         ("source-reference", constants("model-source/src/reference.rs", max)),
         ("source-layout", constants("model-source/src/layout.rs", max)),

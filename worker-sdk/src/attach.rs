@@ -7,14 +7,18 @@ use crate::compute::{Computer, check_process};
 use crate::embeddings::Embeddings;
 use crate::error::SdkError;
 use crate::model::Model;
+use crate::prompt::prompted;
 use crate::session::{Reply, Session};
 use crate::settings::EmbedOptions;
 use crate::time::Deadline;
+use shm_layout::code::Code;
+use shm_layout::image::Task;
 use shm_layout::wire::{Acquire, ClientMessage, Leased, ModelDescription};
 use shm_os::image_backing::map_published;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 /// A model that computes in this process on the shared image. Clones share it; the image is let go of with the last.
 ///
@@ -70,7 +74,7 @@ impl Model {
         let (session, reply) = core.ask(&message, core.settings.start, deadline)?;
         let Reply::Leased(leased, fds) = reply else { return Err(unexpected(&reply)) };
         let lease = HeldLease { session, lease_id: leased.lease_id, generation };
-        AttachedModel::map(leased, fds, lease)
+        AttachedModel::map(*leased, fds, lease)
     }
 }
 
@@ -150,6 +154,23 @@ impl AttachedModel {
         if !self.shared.computer.belongs_to_this_process() {
             return Err(SdkError::Forked);
         }
+        let facts = &self.description().facts;
+        if facts.task != Task::Embed {
+            let message = format!("the model is a {}: it gives no embeddings", facts.task.name());
+            return Err(SdkError::Refused { code: Code::WrongTask, message, retry_after: Duration::ZERO });
+        }
+        let rows = match prompted(texts, &options.prompt, facts)? {
+            Some(texts) => self.embed_as_they_are(&texts, options),
+            None => self.embed_as_they_are(texts, options),
+        }?;
+        rows.shortened(options.dimensions)
+    }
+
+    fn embed_as_they_are<T: AsRef<str>>(
+        &self,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
         let Some(cache) = self.shared.cache.as_ref().filter(|_| !options.bypass_cache) else {
             return self.shared.computer.embed(texts);
         };

@@ -70,7 +70,7 @@ pub enum SdkError {
     /// The peer broke the protocol, repeatedly.
     #[error("{peer} broke the protocol: {what}; use one version of modelbroker for all programs")]
     Fault {
-        /// Who: `the broker` or `the engine`.
+        /// Who: `the broker`, `the engine` or `the provider`.
         peer: &'static str,
         /// What it did.
         what: String,

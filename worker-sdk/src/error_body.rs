@@ -121,6 +121,9 @@ pub const fn row_of_code(code: Code) -> ErrorRow {
         Code::TooLarge => row(GenerateEmbeddingsError, 413, exit::INPUT),
         Code::OutputTooSmall => row(GenerateEmbeddingsError, 500, exit::INPUT),
         Code::UnsupportedOperation => row(InvalidModelType, 400, exit::FAILED),
+        Code::WrongTask => row(InvalidModelType, 400, exit::MODEL),
+        Code::ProviderFailed => row(ErrorCode::CustomModelLoadError, 502, exit::FAILED),
+        Code::ProviderTimeout => row(ModelUnavailable, 504, exit::BUSY),
         Code::JobCrashedEngine | Code::BadResult | Code::Internal => row(EmbeddingError, 500, exit::FAILED),
         Code::ConfigInvalid => row(ModelNotConfigured, 422, exit::USAGE),
     }
@@ -139,6 +142,7 @@ pub fn row_of_error(error: &SdkError) -> ErrorRow {
         SdkError::Argument(_) => row(GenerateEmbeddingsError, 400, exit::USAGE),
         SdkError::Fault { .. } => row(ModelUnavailable, 502, exit::FAILED),
         SdkError::ModelChanged { .. } => row(ModelUnavailable, 409, exit::FAILED),
+        SdkError::SharingOff { .. } => row(ModelUnavailable, 503, exit::USAGE),
         other => other.protocol_code().map_or(row(EmbeddingError, 500, exit::FAILED), row_of_code),
     }
 }

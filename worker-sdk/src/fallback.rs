@@ -264,6 +264,7 @@ pub(crate) fn describe(computer: &Computer) -> ModelDescription {
         fingerprint: info.fingerprint,
         content_hash: info.content_hash,
         backing: BackingKind::ImageFile,
+        facts: computer.facts().clone(),
     }
 }
 

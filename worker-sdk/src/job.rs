@@ -32,6 +32,8 @@ struct Parts {
     ids: Vec<u64>,
     next: usize,
     result: Embeddings,
+    /// How many numbers of each vector are wanted.
+    dimensions: Option<usize>,
     bad_answers: u32,
     model_changes: u32,
     finished: bool,
@@ -52,6 +54,7 @@ impl Job {
         specs: Vec<Arc<JobSpec>>,
         ids: Vec<u64>,
         empty: Embeddings,
+        dimensions: Option<usize>,
     ) -> Job {
         let parts = Parts {
             seat,
@@ -59,6 +62,7 @@ impl Job {
             ids,
             next: 0,
             result: empty,
+            dimensions,
             bad_answers: 0,
             model_changes: 0,
             finished: false,
@@ -87,7 +91,8 @@ impl Job {
         if !self.parts.seat.belongs_to_this_process() {
             return Err(error);
         }
-        self.model.rescue(error, &self.parts.specs)
+        let dimensions = self.parts.dimensions;
+        self.model.rescue(error, &self.parts.specs)?.shortened(dimensions)
     }
 
     #[cfg(not(feature = "local"))]
@@ -189,7 +194,7 @@ impl Parts {
                 self.bad_answers += 1;
                 self.seat.distrust(answer.link_number, &error.to_string());
                 if self.bad_answers > MAX_BAD_ANSWERS {
-                    return Err(SdkError::Fault { peer: "the engine", what: error.to_string() });
+                    return Err(SdkError::Fault { peer: answer.peer(), what: error.to_string() });
                 }
                 self.ids[self.next] = self.seat.enqueue(Arc::clone(&self.specs[self.next]));
             }
@@ -202,7 +207,8 @@ impl Parts {
             return Err(SdkError::Cancelled);
         }
         let (dim, fingerprint) = (self.result.dim(), self.result.fingerprint());
-        Ok(std::mem::replace(&mut self.result, Embeddings::with_capacity(dim, fingerprint, 0)))
+        let whole = std::mem::replace(&mut self.result, Embeddings::with_capacity(dim, fingerprint, 0));
+        whole.shortened(self.dimensions)
     }
 }
 

@@ -46,6 +46,25 @@
 //! # Ok::<(), worker_sdk::SdkError>(())
 //! ```
 //!
+//! # Models of one's own type
+//! ```no_run
+//! use worker_sdk::{CallOptions, Client, ProviderError, ProviderSpec};
+//!
+//! // In the process that provides it:
+//! let provider = Client::connect()?.provide(ProviderSpec::new("custom/reverse").threads(2))?;
+//! provider.serve(|job| match std::str::from_utf8(job.payload()) {
+//!     Ok(text) => Ok(text.chars().rev().collect::<String>().into_bytes()),
+//!     Err(_) => Err(ProviderError::bad_input("this model reverses UTF-8")),
+//! })?;
+//!
+//! // In any other:
+//! let model = Client::connect()?.model("custom/reverse")?;
+//! assert_eq!(model.call("abc".as_bytes(), &CallOptions::default())?, b"cba");
+//! # Ok::<(), worker_sdk::SdkError>(())
+//! ```
+//! The broker queues, bounds and times calls as it does all jobs; providers that die are waited for or replaced by others
+//! of the same id.
+//!
 //! # Threads
 //! [`Client`] and [`Model`] are cheap to clone and may be used by any number of threads at once. No thread is started
 //! for blocking calls: those who wait take turns in waiting for all. While futures are awaited and no thread is blocked
@@ -94,6 +113,7 @@
 #[cfg(feature = "local")]
 mod attach;
 mod cache;
+mod call;
 mod client;
 #[cfg(feature = "local")]
 mod compute;
@@ -104,10 +124,15 @@ mod error_body;
 #[cfg(feature = "local")]
 mod fallback;
 mod fork_cell;
+mod generate;
 mod job;
 mod model;
 mod models;
+mod prompt;
+mod provider;
+mod rank;
 mod seat;
+mod services;
 mod session;
 mod settings;
 mod sharing;
@@ -117,21 +142,30 @@ mod time;
 
 #[cfg(feature = "local")]
 pub use attach::AttachedModel;
+pub use call::{CallJob, CallOptions};
 pub use client::{Client, ClientBuilder};
 pub use embeddings::Embeddings;
 pub use error::SdkError;
 pub use error_body::{About, ErrorBody, ErrorCode, ErrorRow, row_of_code, row_of_error};
+pub use generate::{TextStream, user_message};
 pub use job::Job;
 pub use model::Model;
 pub use models::{HealthyModel, LoadedModel, ReloadedModel, UnloadedModel};
+pub use prompt::Prompt;
+pub use provider::{ProvidedJob, Provider, ProviderError, ProviderSpec, ProviderStop};
+pub use rank::{LabelScore, Ranked};
+pub use services::{SUMMARY_PREFIX, SummaryOptions};
 pub use settings::{
     EmbedOptions, LOG_FILE_NAME, ModelRequest, PROGRAM_VARIABLE, Route, SOCKET_FILE_NAME, SOCKET_VARIABLE,
     START_VARIABLE, StartBroker,
 };
 pub use sharing::{FALLBACK_VARIABLE, Fallback, ROLLOUT_VARIABLES, SHARING_VARIABLES, Way, rollout_bucket};
 pub use shm_layout::code::Code;
+pub use shm_layout::image::Task;
 pub use shm_layout::payload::PayloadError;
 pub use shm_layout::wire::{
-    ConfigurationReloaded, LoadProgress, ModelDescription, Priority, StatusReport, UnloadMode, Welcome,
+    ChatMessage, ConfigurationReloaded, FinishReason, GenerateAnswer, GeneratePrompt, GenerateSettings,
+    LoadProgress, ModelDescription, NamedPrompt, Operation, Priority, StatusReport, TaskFacts, UnloadMode,
+    Welcome,
 };
 pub use shm_os::socket::AllowedPeer;

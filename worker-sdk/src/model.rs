@@ -10,8 +10,9 @@ use crate::error::SdkError;
 use crate::fallback::{PrivateWay, describe};
 use crate::fork_cell::ForkCell;
 use crate::job::Job;
+use crate::prompt::{Prompt, prompted};
 use crate::seat::{Answer, JobSpec, Seat, SeatRequest};
-use crate::settings::{EmbedOptions, ModelRequest};
+use crate::settings::{EmbedOptions, ModelRequest, Route};
 use crate::sharing::{Fallback, Way};
 use crate::split::split;
 use crate::time::Deadline;
@@ -46,6 +47,9 @@ struct Handle {
     client: Client,
     request: Arc<SeatRequest>,
     seats: ForkCell<Seat>,
+    /// The seat for jobs that travel as frames, where the other has a lane; made when it is needed.
+    relay_request: Arc<SeatRequest>,
+    relays: ForkCell<Seat>,
     /// The way without a broker, where the caller wants one.
     #[cfg(feature = "local")]
     private: Option<PrivateWay>,
@@ -54,7 +58,7 @@ struct Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         // In a forked child that never used the model there is nothing to close: the seat inside is the parent's.
-        if let Some(seat) = self.seats.get() {
+        for seat in [self.seats.get(), self.relays.get()].into_iter().flatten() {
             seat.close();
         }
     }
@@ -72,6 +76,12 @@ impl Model {
             route: request.route,
             fall_back: fallback == Fallback::Local,
         });
+        let relayed = SeatRequest {
+            name: wanted.name.clone(),
+            wait: wanted.wait,
+            route: Route::Socket,
+            fall_back: false,
+        };
         let shares = core.settings.shares();
         if !shares && !cfg!(feature = "local") {
             return Err(SdkError::SharingOff { reason: core.settings.why_not() });
@@ -83,6 +93,8 @@ impl Model {
                 .then(|| PrivateWay::new(wanted.name.clone(), !shares, core.settings.cache_dir.clone())),
             request: wanted,
             seats: ForkCell::new(),
+            relay_request: Arc::new(relayed),
+            relays: ForkCell::new(),
         };
         let model = Model { handle: Arc::new(handle) };
         let mut report = |step: LoadProgress| {
@@ -134,6 +146,17 @@ impl Model {
     pub(crate) fn seat(&self) -> Arc<Seat> {
         let handle = &*self.handle;
         handle.seats.get_or_make(|| Arc::new(Seat::new(handle.client.core(), Arc::clone(&handle.request))))
+    }
+
+    /// The seat of jobs that travel as frames.
+    pub(crate) fn relay_seat(&self) -> Arc<Seat> {
+        let handle = &*self.handle;
+        if handle.request.route == Route::Socket {
+            return self.seat();
+        }
+        handle
+            .relays
+            .get_or_make(|| Arc::new(Seat::new(handle.client.core(), Arc::clone(&handle.relay_request))))
     }
 
     #[cfg(feature = "local")]
@@ -188,13 +211,26 @@ impl Model {
         let seat = self.seat();
         #[cfg(feature = "local")]
         if let Some(private) = &self.handle.private {
-            return private.run(
+            let rows = private.run(
                 &seat,
-                || self.embed_shared(&seat, texts, options),
-                |model| embed_privately(model, texts),
-            );
+                || self.embed_prompted(&seat, texts, options),
+                |model| embed_privately(model, texts, options),
+            )?;
+            return rows.shortened(options.dimensions);
         }
-        self.embed_shared(&seat, texts, options)
+        self.embed_prompted(&seat, texts, options)?.shortened(options.dimensions)
+    }
+
+    fn embed_prompted<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
+        match prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            Some(texts) => self.embed_shared(seat, &texts, options),
+            None => self.embed_shared(seat, texts, options),
+        }
     }
 
     fn embed_shared<T: AsRef<str>>(
@@ -255,7 +291,8 @@ impl Model {
             let model = seat.model()?;
             let parts = split(texts, Operation::Embed, model.output_dim as usize)?;
             let mut all: Option<Embeddings> = None;
-            let whole = run(seat, texts, parts, options.operation(), options, deadline, |range, answer| {
+            let make = |part| spec(texts, part, options.operation(), options, deadline);
+            let whole = run(seat, parts, make, |range, answer| {
                 let rows = embeddings(&answer, range.len())?;
                 match &mut all {
                     None => {
@@ -289,14 +326,28 @@ impl Model {
         let seat = self.seat();
         #[cfg(feature = "local")]
         if let Some(private) = &self.handle.private {
-            let done = |rows| Job::new(self.clone(), Arc::clone(&seat), Vec::new(), Vec::new(), rows);
+            let dimensions = options.dimensions;
+            let done =
+                |rows| Job::new(self.clone(), Arc::clone(&seat), Vec::new(), Vec::new(), rows, dimensions);
             return private.run(
                 &seat,
-                || self.submit_shared(&seat, texts, options),
-                |model| embed_privately(model, texts).map(done),
+                || self.submit_prompted(&seat, texts, options),
+                |model| embed_privately(model, texts, options).map(done),
             );
         }
-        self.submit_shared(&seat, texts, options)
+        self.submit_prompted(&seat, texts, options)
+    }
+
+    fn submit_prompted<T: AsRef<str>>(
+        &self,
+        seat: &Arc<Seat>,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Job, SdkError> {
+        match prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            Some(texts) => self.submit_shared(seat, &texts, options),
+            None => self.submit_shared(seat, texts, options),
+        }
     }
 
     fn submit_shared<T: AsRef<str>>(
@@ -309,13 +360,13 @@ impl Model {
         let seat = Arc::clone(seat);
         seat.freshen();
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
-            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
+            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows, options.dimensions));
         }
         // Sent whole: the engine finds what the cache has, and its answer is of one model.
         let (specs, empty) = self.specs(&seat, texts, options, deadline)?;
         seat.wait_room(deadline)?;
         let ids = specs.iter().map(|spec| seat.enqueue(Arc::clone(spec))).collect();
-        Ok(Job::new(self.clone(), seat, specs, ids, empty))
+        Ok(Job::new(self.clone(), seat, specs, ids, empty, options.dimensions))
     }
 
     /// As [`Model::submit`], but never waits.
@@ -328,12 +379,15 @@ impl Model {
             return Err(SdkError::WouldBlock);
         }
         let seat = self.seat();
+        if let Some(texts) = prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            return self.try_submit(&texts, &options.clone().prompt(Prompt::None));
+        }
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
-            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
+            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows, options.dimensions));
         }
         let (specs, empty) = self.specs(&seat, texts, options, Deadline::after(options.timeout))?;
         let ids = seat.try_enqueue(&specs)?;
-        Ok(Job::new(self.clone(), seat, specs, ids, empty))
+        Ok(Job::new(self.clone(), seat, specs, ids, empty, options.dimensions))
     }
 
     fn specs<T: AsRef<str>>(
@@ -393,7 +447,8 @@ impl Model {
         let parts = split(texts, Operation::Tokenize, 1)?;
         let mut all = Vec::with_capacity(texts.len());
         let deadline = Deadline::after(options.timeout);
-        run(seat, texts, parts, Operation::Tokenize, options, deadline, |range, answer| {
+        let make = |part| spec(texts, part, Operation::Tokenize, options, deadline);
+        run(seat, parts, make, |range, answer| {
             let texts: Vec<&str> = texts[range].iter().map(AsRef::as_ref).collect();
             all.append(&mut decode_token_spans(&answer.bytes, &texts)?);
             Ok(true)
@@ -404,9 +459,17 @@ impl Model {
 
 /// Vectors from a model in this process, for the same texts as a broker takes.
 #[cfg(feature = "local")]
-fn embed_privately<T: AsRef<str>>(model: &Computer, texts: &[T]) -> Result<Embeddings, SdkError> {
+fn embed_privately<T: AsRef<str>>(
+    model: &Computer,
+    texts: &[T],
+    options: &EmbedOptions,
+) -> Result<Embeddings, SdkError> {
     check_lengths(texts)?;
-    Ok(model.embed(texts)?.computed_privately())
+    let rows = match prompted(texts, &options.prompt, &describe(model).facts)? {
+        Some(texts) => model.embed(&texts),
+        None => model.embed(texts),
+    };
+    Ok(rows?.computed_privately())
 }
 
 #[cfg(feature = "local")]
@@ -426,10 +489,13 @@ pub(crate) fn embeddings(answer: &Answer, texts: usize) -> Result<Embeddings, Pa
     if rows.dim != answer.dim {
         return Err(PayloadError::Malformed("vectors of another dimension than the model's"));
     }
+    if !rows.values.iter().all(|number| number.is_finite()) {
+        return Err(PayloadError::Malformed("a vector with a number that is not finite"));
+    }
     Ok(Embeddings::from_parts(rows.dim, rows.fingerprint, rows.cached, rows.values))
 }
 
-fn spec<T: AsRef<str>>(
+pub(crate) fn spec<T: AsRef<str>>(
     texts: &[T],
     part: Range<usize>,
     operation: Operation,
@@ -458,13 +524,10 @@ impl Drop for InFlight<'_> {
 
 /// Sends the parts of a list, a window of them ahead, and hands the answers to `take` in order; false as soon as `take`
 /// says false. An unreadable answer is asked for again over another lane.
-fn run<T: AsRef<str>>(
+pub(crate) fn run(
     seat: &Seat,
-    texts: &[T],
     parts: Vec<Range<usize>>,
-    operation: Operation,
-    options: &EmbedOptions,
-    deadline: Deadline,
+    make: impl Fn(Range<usize>) -> Result<Arc<JobSpec>, SdkError>,
     mut take: impl FnMut(Range<usize>, Answer) -> Result<bool, PayloadError>,
 ) -> Result<bool, SdkError> {
     let mut flight = InFlight { seat, jobs: VecDeque::with_capacity(WINDOW_JOBS) };
@@ -473,12 +536,12 @@ fn run<T: AsRef<str>>(
     loop {
         while flight.jobs.len() < WINDOW_JOBS {
             let Some(part) = parts.next() else { break };
-            let spec = spec(texts, part.clone(), operation, options, deadline)?;
+            let spec = make(part.clone())?;
             flight.jobs.push_back((part, seat.enqueue(Arc::clone(&spec)), spec));
         }
         let Some((part, id, spec)) = flight.jobs.pop_front() else { return Ok(true) };
         let answer = seat.wait(id)?;
-        let link_number = answer.link_number;
+        let (link_number, peer) = (answer.link_number, answer.peer());
         match take(part.clone(), answer) {
             Ok(true) => {}
             Ok(false) => return Ok(false),
@@ -486,7 +549,7 @@ fn run<T: AsRef<str>>(
                 bad_answers += 1;
                 seat.distrust(link_number, &error.to_string());
                 if bad_answers > MAX_BAD_ANSWERS {
-                    return Err(SdkError::Fault { peer: "the engine", what: error.to_string() });
+                    return Err(SdkError::Fault { peer, what: error.to_string() });
                 }
                 flight.jobs.push_front((part, seat.enqueue(Arc::clone(&spec)), spec));
             }

@@ -26,7 +26,7 @@ use jobs::Jobs;
 use link::{Arrival, Link};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_PAYLOAD_BYTES;
-use shm_layout::wire::ModelDescription;
+use shm_layout::wire::{ModelDescription, Partial};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -53,6 +53,15 @@ pub(crate) struct SeatRequest {
     pub(crate) route: Route,
     /// The caller can go on without a broker: jobs with a deadline wait for one no longer than those without.
     pub(crate) fall_back: bool,
+}
+
+/// How far a job is whose answer comes in pieces.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// More of the text.
+    Piece(String),
+    /// Its end.
+    End(Result<Answer, SdkError>),
 }
 
 #[derive(Debug)]
@@ -278,10 +287,17 @@ impl Seat {
         }
     }
 
+    /// Keeps a piece of an answer for whoever reads it. A job that is run anew sends its pieces again: those that are there are
+    /// left out, by their place.
+    fn add_piece(&self, state: &mut State, job: u64, partial: Partial) {
+        if state.jobs.add_piece(job, partial.offset_bytes, &partial.text).is_err() {
+            self.fault(state, "a piece of a text that leaves a hole, or more than a text may have");
+        }
+    }
+
     fn deliver_one(&self, state: &mut State, arrival: Arrival) {
-        let Some((dim, link_number)) = state.link.as_ref().map(|link| (link.dim(), link.number)) else {
-            return;
-        };
+        let known = state.link.as_ref().map(|link| (link.dim(), link.number, link.is_provided()));
+        let Some((dim, link_number, provided)) = known else { return };
         let Arrival { job: id, status, bytes, retry_after } = arrival;
         if state.jobs.sent_as(id).is_none() {
             // Cancelled, late, or nobody's any more.
@@ -298,7 +314,7 @@ impl Seat {
         match status {
             Code::Ok => {
                 state.faults = 0;
-                state.jobs.finish(id, Ok(Answer { bytes, dim, link_number }));
+                state.jobs.finish(id, Ok(Answer { bytes, dim, link_number, provided }));
             }
             Code::OutputTooSmall if entry.capacity_bytes.is_none_or(|bytes| bytes < MAX_PAYLOAD_BYTES) => {
                 let before = entry.capacity_bytes.unwrap_or(MAX_PAYLOAD_BYTES / CAPACITY_FACTOR);
@@ -351,7 +367,9 @@ impl Seat {
     /// An answer that came over link `link_number` could not be read.
     pub(crate) fn distrust(&self, link_number: u64, what: &str) {
         let mut state = self.lock();
-        if state.link.as_ref().is_some_and(|link| link.number == link_number) {
+        // A provider's wrong answer says nothing against the broker, through which alone it came; another provider may
+        // give the next.
+        if state.link.as_ref().is_some_and(|link| link.number == link_number && !link.is_provided()) {
             self.fault(&mut state, what);
         }
         self.unlock(state);
@@ -373,6 +391,31 @@ impl Seat {
                 state.forget(id);
                 self.leave(state);
                 return Err(SdkError::DeadlineExceeded(deadline.allowed));
+            }
+            state = if state.leading { self.follow(state, id, deadline) } else { self.lead(state, deadline) };
+        }
+    }
+
+    /// Waits for the next piece of a job's answer, or for its end, leading if nobody does.
+    pub(crate) fn wait_progress(&self, id: u64) -> Progress {
+        let mut state = self.lock();
+        loop {
+            if let Some(text) = state.jobs.take_pieces(id) {
+                self.leave(state);
+                return Progress::Piece(text);
+            }
+            if let Some(outcome) = state.jobs.take_done(id) {
+                self.leave(state);
+                return Progress::End(outcome);
+            }
+            let Some(deadline) = state.jobs.deadline(id) else {
+                self.leave(state);
+                return Progress::End(Err(SdkError::Cancelled));
+            };
+            if deadline.has_passed() {
+                state.forget(id);
+                self.leave(state);
+                return Progress::End(Err(SdkError::DeadlineExceeded(deadline.allowed)));
             }
             state = if state.leading { self.follow(state, id, deadline) } else { self.lead(state, deadline) };
         }

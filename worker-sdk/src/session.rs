@@ -10,8 +10,8 @@ use shm_layout::code::Code;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::wire::{
     AnswerFrame, BrokerMessage, ClientMessage, ConfigurationReloaded, FrameHead, Hello, JobFrame, Leased,
-    LoadProgress, ModelOutcome, PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, StatusReport, Superseded, Welcome,
-    decode_body,
+    LoadProgress, ModelOutcome, PROTOCOL_MAJOR, PROTOCOL_MINOR, Partial, Refusal, StatusReport, Superseded,
+    Welcome, decode_body,
 };
 use shm_os::framed::{Fill, Flush, FramedError, FramedStream};
 use shm_os::{Interest, PollEvent, Poller};
@@ -31,7 +31,7 @@ const MAX_PROGRESS: usize = 64;
 /// A broker's answer to one request.
 #[derive(Debug)]
 pub(crate) enum Reply {
-    Leased(Leased, Vec<OwnedFd>),
+    Leased(Box<Leased>, Vec<OwnedFd>),
     Released,
     Status(Box<StatusReport>),
     ConfigurationReloaded(ConfigurationReloaded),
@@ -44,7 +44,12 @@ pub(crate) enum Reply {
 #[derive(Debug)]
 pub(crate) enum JobReply {
     Answered(AnswerFrame),
-    Refused { job_id: u64, refusal: Refusal },
+    Refused {
+        job_id: u64,
+        refusal: Refusal,
+    },
+    /// A piece of an answer that is still being made.
+    Piece(Partial),
 }
 
 /// What a caller sees while it waits: progress of a load, or just that time passes (`None`).
@@ -441,7 +446,7 @@ impl Session {
                     + usize::from(leased.cache.is_some());
                 let fds = inner.stream.take_descriptors(count).map_err(failure)?;
                 let lease_id = leased.lease_id;
-                if !settle(inner, id, Ok(Reply::Leased(leased, fds))) {
+                if !settle(inner, id, Ok(Reply::Leased(Box::new(leased), fds))) {
                     let release = ClientMessage::Release { lease_id };
                     inner.stream.queue(self.next_id(), &release, Vec::new()).map_err(failure)?;
                     self.flush(inner);
@@ -462,6 +467,12 @@ impl Session {
                     return Err(SdkError::Fault { peer: "the broker", what });
                 }
             },
+            // Behind a cancellation pieces may come that nobody waits for.
+            BrokerMessage::Partial(partial) => {
+                if let Some(seat_id) = inner.job_seats.get(&partial.job_id) {
+                    inner.mail.entry(*seat_id).or_default().push(JobReply::Piece(partial));
+                }
+            }
             BrokerMessage::Released => drop(settle(inner, id, Ok(Reply::Released))),
             BrokerMessage::Status(report) => drop(settle(inner, id, Ok(Reply::Status(Box::new(report))))),
             BrokerMessage::ConfigurationReloaded(what) => {
@@ -469,6 +480,14 @@ impl Session {
             }
             BrokerMessage::ShuttingDown => drop(settle(inner, id, Ok(Reply::ShuttingDown))),
             BrokerMessage::Pong => drop(settle(inner, id, Ok(Reply::Pong))),
+            // Providers have connections of their own.
+            BrokerMessage::Provided { .. }
+            | BrokerMessage::ProviderJob(_)
+            | BrokerMessage::ProviderCancel { .. }
+            | BrokerMessage::Withdrawn => {
+                let what = "a message for providers to a session that provides nothing".into();
+                return Err(SdkError::Fault { peer: "the broker", what });
+            }
             BrokerMessage::Model(outcome) => drop(settle(inner, id, Ok(Reply::Model(Box::new(outcome))))),
             BrokerMessage::Superseded(Superseded { lease_id, .. }) => {
                 inner.superseded.insert(lease_id);

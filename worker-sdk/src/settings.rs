@@ -1,6 +1,7 @@
 //! What a caller may choose: connection, models, single calls. Reading the environment is here; acting on it is not.
 
 use crate::error::SdkError;
+use crate::prompt::Prompt;
 use crate::sharing::{Fallback, Sharing};
 use shm_layout::limits::{MAX_CLIENT_NAME_BYTES, MAX_MODEL_NAME_BYTES};
 use shm_layout::wire::{LoadProgress, Operation, Priority};
@@ -252,6 +253,10 @@ pub struct EmbedOptions {
     /// Compute every text, whatever the cache holds, and keep nothing in it: for measuring, or for texts that no other
     /// program of this user is to learn of.
     pub bypass_cache: bool,
+    /// What is put before each text.
+    pub prompt: Prompt,
+    /// How many numbers of each vector are wanted, from the first; `None` = all. See [`crate::Embeddings::shortened`].
+    pub dimensions: Option<usize>,
 }
 
 impl EmbedOptions {
@@ -272,6 +277,20 @@ impl EmbedOptions {
     #[must_use]
     pub fn bypass_cache(mut self, bypass: bool) -> EmbedOptions {
         self.bypass_cache = bypass;
+        self
+    }
+
+    /// Sets what is put before each text.
+    #[must_use]
+    pub fn prompt(mut self, prompt: Prompt) -> EmbedOptions {
+        self.prompt = prompt;
+        self
+    }
+
+    /// Sets how many numbers of each vector are wanted.
+    #[must_use]
+    pub fn dimensions(mut self, dimensions: usize) -> EmbedOptions {
+        self.dimensions = Some(dimensions);
         self
     }
 

@@ -6,7 +6,9 @@ use super::orders::check_name;
 use super::{Action, Attachment, Core, ImageFacts, nanos};
 use shm_layout::code::Code;
 use shm_layout::lane::REGION_BYTES;
-use shm_layout::wire::{Acquire, BrokerMessage, LaneDescription, Leased, LoadProgress, Refusal, ToEngine};
+use shm_layout::wire::{
+    Acquire, BrokerMessage, LaneDescription, Leased, LoadProgress, PROVIDED_PREFIX, Refusal, ToEngine,
+};
 use tracing::{info, warn};
 
 /// When a client that hit a limit on leases or lanes may try again, in ms.
@@ -19,6 +21,10 @@ impl Core {
             return;
         }
         let name = if wish.model.is_empty() { self.config.default_model.clone() } else { wish.model };
+        if name.starts_with(PROVIDED_PREFIX) {
+            self.acquire_provided(now_ns, session, request_id, name, wish.want_image, wish.wait_ms);
+            return;
+        }
         let entry = match self.lookup(now_ns, &name) {
             Ok(entry) => entry,
             Err(refusal) => {

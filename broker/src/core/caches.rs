@@ -3,6 +3,7 @@
 
 use super::models::CacheSide;
 use super::{Action, Core};
+use shm_layout::image::Task;
 use shm_layout::wire::{CacheDescription, CacheInsertKey};
 use tracing::warn;
 
@@ -11,7 +12,8 @@ impl Core {
     pub(super) fn make_cache(&mut self, now_ns: u64, generation: u64) {
         let Some(image) = self.models.images.get(&generation) else { return };
         let wanted = self.models.entries.get(&image.entry).is_none_or(|entry| entry.settings.cache);
-        if !self.config.caches || !wanted {
+        // What is not a vector of one text is not kept.
+        if !self.config.caches || !wanted || image.description.facts.task != Task::Embed {
             self.cache_made(now_ns, generation, None);
             return;
         }

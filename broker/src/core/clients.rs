@@ -72,6 +72,11 @@ impl Core {
             (true, ClientMessage::ReloadConfiguration) => self.reload_wanted(session, request_id, is_owner),
             (true, ClientMessage::Model(command)) => self.model_command(now_ns, session, request_id, command),
             (true, ClientMessage::Ping) => self.send(session, request_id, BrokerMessage::Pong),
+            (true, ClientMessage::Provide(offer)) => self.provide(now_ns, session, request_id, offer),
+            (true, ClientMessage::ProviderAnswer(answer)) => self.provider_answered(now_ns, session, answer),
+            (true, ClientMessage::Withdraw { model_id }) => {
+                self.withdraw(now_ns, session, request_id, &model_id);
+            }
         }
     }
 
@@ -148,14 +153,12 @@ impl Core {
         self.status.forget(session);
         self.forget_reloads(session);
         for relay_id in self.relay.session_gone(session) {
-            self.tell_engine(ToEngine::CancelJob { relay_id }, Vec::new());
+            self.cancel_running(relay_id);
         }
         for lease_id in self.leases.of_session(session) {
             self.end_lease(now_ns, session, lease_id);
         }
-        if self.sessions.is_empty() {
-            self.idle_since_ns = Some(now_ns);
-        }
+        self.provider_left(now_ns, session);
     }
 
     fn release(&mut self, now_ns: u64, session: u64, request_id: u64, lease_id: u64) {

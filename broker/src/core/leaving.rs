@@ -59,7 +59,9 @@ impl Core {
         }
         let waiters = self.models.take_waiters(|_| true);
         let message = "the broker is leaving and grants nothing new".to_owned();
-        self.refuse_waiters(waiters, &Refusal { code: Code::ShuttingDown, message, retry_after_ms: 100 });
+        let refusal = Refusal { code: Code::ShuttingDown, message, retry_after_ms: 100 };
+        self.refuse_waiters(waiters, &refusal);
+        self.refuse_provided_waiters(&refusal);
         let askers = self.take_askers(|_| true);
         let message = "the broker is leaving".to_owned();
         self.refuse_askers(askers, &Refusal { code: Code::ShuttingDown, message, retry_after_ms: 100 });
@@ -77,7 +79,7 @@ impl Core {
     pub(super) fn leaving_needs_engine(&self) -> bool {
         match self.leaving {
             Leaving::Draining { engine_finished, .. } => {
-                self.relay.owes() || (self.lanes.live().next().is_some() && !engine_finished)
+                self.relay.owes_from_engine() || (self.lanes.live().next().is_some() && !engine_finished)
             }
             Leaving::No | Leaving::Done => false,
         }

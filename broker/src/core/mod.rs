@@ -12,11 +12,12 @@
 //! | `memory` | whether a load still fits, and what is given up for it |
 //! | `caches` | vector caches: made before their generation is served, filled by what engines say |
 //! | `serving` | the engine: start, hand-over of models, lanes and jobs, death and restart |
+//! | `provide`, `provided_jobs`, `provider_children` | models that clients' processes provide: who offers what, who gets which job |
 //! | `leaving` | draining, idle exit, the end |
 //! | `reconfigure` | reading the configuration again: one at a time, and what it changes |
 //! | `status` | the report |
 //! | `metrics`, `alerts` | what is counted, and when it has got worse |
-//! | `session`, `models`, `entry`, `leases`, `lanes`, `relay`, `engine` | the bookkeeping that these share |
+//! | `session`, `models`, `entry`, `leases`, `lanes`, `relay`, `engine`, `providers` | the bookkeeping that these share |
 
 mod acquire;
 mod alerts;
@@ -34,6 +35,10 @@ mod memory;
 mod metrics;
 mod models;
 mod orders;
+mod provide;
+mod provided_jobs;
+mod provider_children;
+mod providers;
 mod reconfigure;
 mod relay;
 mod reload;
@@ -46,6 +51,7 @@ mod tests;
 pub(crate) use event::{Action, Attachment, ChildExit, Event, ImageFacts};
 pub(crate) use lifecycle::Policy;
 pub(crate) use models::nanos;
+pub(crate) use providers::check_id as check_provided_id;
 
 use crate::config::{Limits, ModelSettings};
 use shm_layout::code::Code;
@@ -72,6 +78,8 @@ pub(crate) struct CoreConfig {
     pub(crate) caches: bool,
     /// Whether engines save something when they drain, and so are drained even when no work is left.
     pub(crate) engine_saves: bool,
+    /// The models for which provider processes are kept running, one for each time that a model is named.
+    pub(crate) provider_models: Vec<String>,
     pub(crate) own_uid: u32,
     pub(crate) boot_id: u64,
     pub(crate) broker_pid: u32,
@@ -87,6 +95,8 @@ pub(crate) struct Core {
     lanes: lanes::Lanes,
     relay: relay::Relay,
     engine: engine::Engine,
+    providers: providers::Providers,
+    provider_children: provider_children::ProviderChildren,
     leaving: leaving::Leaving,
     status: status::StatusWaiters,
     reconfigure: reconfigure::Reconfigure,
@@ -107,6 +117,7 @@ pub(crate) struct Core {
 impl Core {
     /// A broker that has just begun to listen. The engine is started by the first event.
     pub(crate) fn new(config: CoreConfig, now_ns: u64) -> Core {
+        let provider_children = provider_children::ProviderChildren::new(&config.provider_models);
         let (models, preload) = (config.models.clone(), config.preload.clone());
         let mut core = Core {
             config,
@@ -117,6 +128,8 @@ impl Core {
             lanes: lanes::Lanes::default(),
             relay: relay::Relay::default(),
             engine: engine::Engine::default(),
+            providers: providers::Providers::default(),
+            provider_children,
             leaving: leaving::Leaving::default(),
             status: status::StatusWaiters::default(),
             reconfigure: reconfigure::Reconfigure::default(),
@@ -142,6 +155,7 @@ impl Core {
             self.start_loaders(now_ns);
             self.retire_unused();
             self.supervise(now_ns);
+            self.supervise_providers(now_ns);
             self.note_levels();
             self.advance_leaving(now_ns);
         }
@@ -186,6 +200,11 @@ impl Core {
                 let orderly = exit == ChildExit::Status(0) && self.engine.drain_sent;
                 self.engine_dead(now_ns, incarnation, format!("the engine {exit}"), orderly);
             }
+            Event::ProviderStarted { child, pid } => self.provider_started(child, pid),
+            Event::ProviderNotStarted { child, message } => {
+                self.provider_not_started(now_ns, child, &message)
+            }
+            Event::ProviderExited { child, exit } => self.provider_exited(now_ns, child, exit),
             Event::ReloadSignal => self.reload_signal(),
             Event::ConfigurationRead(outcome) => self.configuration_read(now_ns, *outcome),
             Event::Memory { available_bytes, caches } => self.memory_seen(now_ns, available_bytes, caches),
@@ -203,6 +222,9 @@ impl Core {
         self.lifecycle_overdue(now_ns);
         self.loads_overdue(now_ns);
         self.jobs_overdue(now_ns);
+        self.provided_jobs_overdue(now_ns);
+        self.provided_waiters_overdue(now_ns);
+        self.retire_provided(now_ns);
         self.status_overdue(now_ns);
     }
 
@@ -218,6 +240,8 @@ impl Core {
             self.relay.next_timer_ns(),
             self.status.next_timer_ns(),
             self.engine_timer_ns(),
+            self.providers_timer_ns(),
+            self.provider_children_timer_ns(),
             self.leaving_timer_ns(),
         ]
         .into_iter()

@@ -276,6 +276,7 @@ impl Models {
             fingerprint: facts.fingerprint,
             content_hash: facts.content_hash,
             backing: facts.backing,
+            facts: facts.facts,
         };
         let image = Image {
             entry: id,
@@ -393,7 +394,9 @@ pub(crate) fn ms_until(then_ns: u64, now_ns: u64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use shm_layout::image::Task;
     use shm_layout::wire::BackingKind;
+    use shm_layout::wire::TaskFacts;
 
     fn facts(model_id: &str) -> ImageFacts {
         ImageFacts {
@@ -404,6 +407,7 @@ mod tests {
             fingerprint: 1,
             content_hash: [1; 32],
             backing: BackingKind::SealedMemfd,
+            facts: TaskFacts::of(Task::Embed),
             precision: "f32",
         }
     }

@@ -29,7 +29,8 @@ impl Core {
     /// An engine is kept ready even when nobody needs it, unless it cannot be started: then only who needs it makes the
     /// broker try again.
     fn engine_is_needed(&self) -> bool {
-        let used = self.lanes.len() > 0 || self.relay.owes() || self.models.engine_is_waited_for();
+        let used =
+            self.lanes.len() > 0 || self.relay.owes_from_engine() || self.models.engine_is_waited_for();
         if self.leaving.has_begun() {
             self.leaving_needs_engine()
         } else {
@@ -104,6 +105,7 @@ impl Core {
                 self.engine.worked();
                 self.job_answered(answer);
             }
+            FromEngine::Partial(partial) => self.job_goes_on(partial),
             FromEngine::CacheInsert { generation, bulk, keys, values } => {
                 self.fill_cache(generation, bulk, keys, values);
             }
@@ -258,6 +260,6 @@ impl Core {
                 self.fail_reload(now_ns, id, refusal);
             }
         }
-        self.answer_all(Code::ModelUnavailable, &message);
+        self.answer_for_engine(Code::ModelUnavailable, &message);
     }
 }

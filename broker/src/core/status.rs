@@ -152,6 +152,7 @@ impl Core {
             sessions,
             faults: self.faults,
             open_descriptors: 0,
+            provided: self.provided_report(now_ns),
             metrics: self.metrics_report(),
             alerts: self.alerts.report(now_ns),
         }

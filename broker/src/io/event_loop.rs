@@ -6,6 +6,7 @@ use super::children::{Child, EngineLink};
 use super::clients::reserve;
 use super::connection::{Connection, ConnectionBounds};
 use super::perform::LaneDescriptors;
+use super::providers::ProviderProcesses;
 use super::reload::Reloader;
 use crate::config::{BrokerConfig, Limits};
 use crate::core::{Core, CoreConfig, Event, Policy, nanos};
@@ -36,6 +37,8 @@ pub(crate) enum Token {
     LoaderPid(u64),
     EngineLink(u64),
     EnginePid(u64),
+    /// A provider's process, by its place in the configuration.
+    ProviderPid(u64),
     Hangups,
     Reloader,
 }
@@ -54,6 +57,7 @@ impl Token {
             Token::LoaderPid(id) => (5, id),
             Token::EngineLink(id) => (6, id),
             Token::EnginePid(id) => (7, id),
+            Token::ProviderPid(id) => (10, id),
             Token::Hangups => (8, 0),
             Token::Reloader => (9, 0),
         };
@@ -71,6 +75,7 @@ impl Token {
             5 => Token::LoaderPid(id),
             6 => Token::EngineLink(id),
             7 => Token::EnginePid(id),
+            10 => Token::ProviderPid(id),
             8 => Token::Hangups,
             9 => Token::Reloader,
             _ => return None,
@@ -115,6 +120,7 @@ pub(crate) struct EventLoop {
     pub(crate) offered_images: HashMap<u64, OwnedFd>,
     pub(crate) loaders: HashMap<u64, Child>,
     pub(crate) engine: EngineLink,
+    pub(crate) providers: ProviderProcesses,
     pub(crate) exiting: bool,
 }
 
@@ -151,6 +157,7 @@ impl EventLoop {
                 allow_other_users: config.allow_other_users,
                 caches: config.cache_entries > 0,
                 engine_saves: config.cache_persist && config.cache_entries > 0,
+                provider_models: config.providers.iter().map(|p| p.model_id.clone()).collect(),
                 own_uid: effective_uid(),
                 // Keyed by the system's randomness, anew in each process.
                 boot_id: std::hash::RandomState::new().build_hasher().finish() | 1,
@@ -194,6 +201,7 @@ impl EventLoop {
             offered_images: HashMap::new(),
             loaders: HashMap::new(),
             engine: EngineLink::default(),
+            providers: ProviderProcesses::new(config.providers, &config.socket_path)?,
             exiting: false,
         })
     }
@@ -316,6 +324,7 @@ impl EventLoop {
             }
             Some(Token::EngineLink(_)) => {}
             Some(Token::EnginePid(incarnation)) => self.engine_ended(incarnation),
+            Some(Token::ProviderPid(child)) => self.provider_ended(child),
         }
     }
 
@@ -380,6 +389,7 @@ impl EventLoop {
                     child.end();
                 }
             }
+            Some(Token::ProviderPid(child)) => self.providers.end_one(child),
             Some(Token::ClientPid(_)) | None => {}
         }
     }
@@ -393,6 +403,7 @@ impl EventLoop {
 
     fn end_children(&mut self) {
         self.end_engine();
+        self.providers.end();
         for (_, mut child) in self.loaders.drain() {
             child.end();
         }
@@ -414,6 +425,7 @@ mod tests {
             Token::LoaderPid(4),
             Token::EngineLink(5),
             Token::EnginePid(6),
+            Token::ProviderPid(0),
             Token::Hangups,
             Token::Reloader,
         ] {

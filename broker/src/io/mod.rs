@@ -9,6 +9,7 @@ mod event_loop;
 mod images;
 mod memory;
 mod perform;
+mod providers;
 mod reload;
 
 pub(crate) use event_loop::EventLoop;

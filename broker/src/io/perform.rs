@@ -99,6 +99,8 @@ impl EventLoop {
             Action::StartEngine { incarnation } => self.start_engine(incarnation),
             Action::KillEngine { incarnation } => self.kill_engine(incarnation),
             Action::ToEngine { message, attachments } => self.engine.say(message, attachments),
+            Action::StartProvider { child } => self.start_provider(child),
+            Action::KillProvider { child } => self.providers.kill(child),
             Action::ReadConfiguration => self.read_configuration(),
             Action::Reconfigure { loader_command, cache_entries, cache_ttl } => {
                 self.loader_command = loader_command;

@@ -11,6 +11,7 @@ mod load;
 mod metrics_json;
 mod model;
 mod serve;
+mod texts;
 mod worker;
 
 use crate::args::{Arguments, Command, RouteArg};
@@ -73,6 +74,11 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Models(args) => control::models(socket, &args),
         Command::Model(args) => model::run(socket, &args),
         Command::Embed(args) => embed::run(socket, args),
+        Command::Summarize(args) => texts::summarize(socket, &args),
+        Command::Generate(args) => texts::generate(socket, &args),
+        Command::Similar(args) => texts::similar(socket, &args),
+        Command::Rank(args) => texts::rank(socket, &args),
+        Command::Classify(args) => texts::classify(socket, &args),
         Command::Index(args) => documents::index(socket, &args),
         Command::Search(args) => documents::search(socket, &args),
         Command::Load(args) => load::run(socket, &args),

@@ -6,14 +6,23 @@
 //! code that reads foreign bytes here.
 
 mod checkpoint;
+mod encoder;
 mod error;
 mod folder;
+mod generator;
+mod gguf;
+mod gguf_files;
 mod plan;
 mod sentence;
+mod tables;
 mod tokenizer_check;
 mod write;
 
+pub(crate) use encoder::head_name;
 pub use error::CompileError;
+pub(crate) use generator::table_precision;
+pub use sentence::{MAX_PROMPT_BYTES, MAX_PROMPTS};
+pub(crate) use sentence::{Prompts, prompts};
 
 use crate::config::{EncoderConfig, MAX_CONFIG_BYTES};
 use crate::model::TextEncoder;
@@ -142,6 +151,9 @@ pub fn compile_folder(
 ) -> Result<CompileSummary, CompileError> {
     check_model_id(&options.model_id)?;
     let mut folder = ModelFolder::open(folder, &options.allow_symlinks_into)?;
+    if let Some((plan, checkpoint)) = generator_plan(&mut folder, options)? {
+        return finish(&plan, &checkpoint, &folder, out, progress);
+    }
     let settings = SentenceSettings::read(&mut folder)?;
     let prefix = settings.prefix.clone();
     let config_json = required(
@@ -150,7 +162,11 @@ pub fn compile_folder(
         MAX_CONFIG_BYTES,
         "give the folder of a Hugging Face model, the one that holds config.json",
     )?;
-    let config = EncoderConfig::from_json(&config_json)?;
+    let mut config = EncoderConfig::from_json(&config_json)?;
+    if settings.has_pooling {
+        // sentence-transformers takes the encoder out of whatever it is in.
+        config.classifier = None;
+    }
     let header = header_settings(&config, &settings, options.precision)?;
     let tokenizer = required(
         &mut folder,
@@ -164,8 +180,18 @@ pub fn compile_folder(
     // Loads it once, in this process that may die, so that no image holds a tokenizer that does not load.
     TextEncoder::new(&tokenizer, &config, header.max_seq_tokens as usize, header.lower_case)
         .map_err(|error| CompileError::Tokenizer { reason: error.to_string() })?;
-    let checkpoint = Checkpoint::open(&mut folder, &prefix)?;
-    let tensors = plan::tensors(&config, &checkpoint, options.precision)?;
+    let mut checkpoint = Checkpoint::open(&mut folder, &prefix)?;
+    for module in &settings.dense {
+        let dense = Checkpoint::open(&mut folder, &module.prefix)?;
+        checkpoint.take_in(&module.prefix, dense);
+    }
+    let tensors = encoder::tensors(
+        &config,
+        &settings.dense,
+        header.max_seq_tokens as usize,
+        &checkpoint,
+        options.precision,
+    )?;
     let mut sections = vec![
         (SectionKind::ModelId, options.model_id.clone().into_bytes()),
         (SectionKind::Config, config_json),
@@ -177,9 +203,56 @@ pub fn compile_folder(
     );
     sections.extend(settings.modules_json.map(|data| (SectionKind::Modules, data)));
     sections.extend(tables.map(|data| (SectionKind::TokenizerTables, data)));
-    let plan = plan::layout(&config, header, &sections, tensors)?;
+    let plan = plan::layout(header, &sections, tensors)?;
     drop(sections);
-    let content_hash = write::write(&plan, &checkpoint, out, progress)?;
+    finish(&plan, &checkpoint, &folder, out, progress)
+}
+
+/// The image of a generator, if the folder holds one: by the `model_type` of its config.json, unless it is made for embedding.
+fn generator_plan(
+    folder: &mut ModelFolder,
+    options: &CompileOptions,
+) -> Result<Option<(plan::Plan, Checkpoint)>, CompileError> {
+    if let Some(name) = folder.only_file_ending_in(".gguf")? {
+        return gguf_plan(folder, &name, options).map(Some);
+    }
+    let Some(config_json) = folder.read("config.json", MAX_CONFIG_BYTES)? else { return Ok(None) };
+    if !generator::generator_type(&config_json)? || folder.file("modules.json")?.is_some() {
+        return Ok(None);
+    }
+    let files = generator::GeneratorFiles::read(folder, config_json)?;
+    let checkpoint = Checkpoint::open(folder, "")?;
+    let plan = generator::plan_image(files, &checkpoint, options)?;
+    Ok(Some((plan, checkpoint)))
+}
+
+/// The image of a generator in a GGUF file.
+fn gguf_plan(
+    folder: &mut ModelFolder,
+    name: &str,
+    options: &CompileOptions,
+) -> Result<(plan::Plan, Checkpoint), CompileError> {
+    let file = folder.file(name)?.ok_or_else(|| CompileError::Missing {
+        name: name.to_owned(),
+        fix: "put the file back and try again",
+    })?;
+    let header = gguf::read(&file)?;
+    let beside = folder.read("tokenizer.json", tokenizer_check::MAX_TOKENIZER_BYTES)?;
+    let files = gguf_files::read(&file, &header, beside)?;
+    let checkpoint = gguf::checkpoint(file, &header)?;
+    let plan = generator::plan_image(files, &checkpoint, options)?;
+    Ok((plan, checkpoint))
+}
+
+/// Writes a planned image and proves that the folder did not change meanwhile.
+fn finish(
+    plan: &plan::Plan,
+    checkpoint: &Checkpoint,
+    folder: &ModelFolder,
+    out: &mut dyn ImageSink,
+    progress: &mut dyn FnMut(CompileProgress),
+) -> Result<CompileSummary, CompileError> {
+    let content_hash = write::write(plan, checkpoint, out, progress)?;
     checkpoint.files.iter().try_for_each(folder::SourceFile::check_unchanged)?;
     folder.check_unchanged()?;
     Ok(CompileSummary {
@@ -234,9 +307,37 @@ fn header_settings(
     }
     let most = config.max_tokens() as u64;
     let max_seq_tokens = settings.max_seq_tokens.or(settings.tokenizer_max_tokens).unwrap_or(most).min(most);
+    let (pooling, normalize, output_dim) = match config.classifier {
+        Some(classifier) => (classifier.pooling, false, classifier.label_count),
+        None if settings.modules_json.is_some() && !settings.has_pooling => {
+            return Err(bad(
+                "modules.json",
+                "has no Pooling module, and config.json names no classifier".into(),
+            ));
+        }
+        None => {
+            let mut dim = config.hidden_dim * settings.pooling.count() as usize;
+            for module in &settings.dense {
+                if module.inputs != dim {
+                    return Err(bad(
+                        &format!("{}config.json", module.prefix),
+                        format!("in_features is {}, what comes before gives {dim}", module.inputs),
+                    ));
+                }
+                dim = module.outputs;
+            }
+            (settings.pooling, settings.normalize, dim)
+        }
+    };
     Ok(plan::Settings {
-        pooling: settings.pooling,
-        normalize: settings.normalize,
+        family: config.family,
+        task: config.task(),
+        hidden_dim: config.hidden_dim,
+        output_dim,
+        vocab_size: config.vocab_size,
+        layer_count: config.layer_count,
+        pooling,
+        normalize,
         lower_case: settings.lower_case,
         max_seq_tokens: max_seq_tokens as u32,
         precision,

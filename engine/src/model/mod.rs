@@ -2,11 +2,13 @@
 //!
 //! Texts of a batch are packed one behind the other, without padding, so mixed lengths cost nothing and need no sorting.
 
+mod describe;
 mod error;
 mod network;
 mod ops;
 mod tokenize;
 
+pub use describe::{ImageFacts, describe};
 pub use error::ModelError;
 pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 
@@ -19,7 +21,7 @@ use crate::threads::pool;
 use crate::unigram::Unigram;
 use network::{Network, Packed};
 use shm_layout::image::{
-    CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES,
+    CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES, Task,
 };
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -46,11 +48,13 @@ pub struct ModelInfo {
     pub id: String,
     /// Model family.
     pub family: Family,
+    /// What the model is for: vectors of texts, or scores of texts and pairs of texts.
+    pub task: Task,
     /// Width of the hidden state.
     pub hidden_dim: usize,
     /// Number of encoder layers.
     pub layer_count: usize,
-    /// Length of an output vector.
+    /// Length of an output vector; number of labels of a classifier.
     pub output_dim: usize,
     /// Longest sequence in tokens, special tokens included; longer texts are cut.
     pub max_seq_tokens: usize,
@@ -132,16 +136,22 @@ impl Model {
                 .section(kind)
                 .ok_or_else(|| ModelError::Inconsistent { what: format!("section {name} is missing") })
         };
-        let config = EncoderConfig::from_json(section(SectionKind::Config, "config.json")?)?;
+        let mut config = EncoderConfig::from_json(section(SectionKind::Config, "config.json")?)?;
         section(SectionKind::Tokenizer, "tokenizer.json")?;
         let id = std::str::from_utf8(section(SectionKind::ModelId, "model id")?)
             .map_err(|_| inconsistent("the model id is not UTF-8"))?
             .to_owned();
         let header = checked.header().values();
+        if header.task == Task::Embed {
+            // The encoder of a classifier may be embedded with.
+            config.classifier = None;
+        }
         let agrees = config.family == header.family
             && config.hidden_dim == header.hidden_dim as usize
             && config.layer_count == header.layer_count as usize
             && config.vocab_size == header.vocab_size as usize
+            && header.task == config.task()
+            && (header.task == Task::Embed || !header.normalize)
             && header.max_seq_tokens as usize <= config.max_tokens();
         if !agrees {
             return Err(inconsistent("the header contradicts config.json"));
@@ -149,6 +159,7 @@ impl Model {
         let info = ModelInfo {
             id,
             family: header.family,
+            task: header.task,
             hidden_dim: config.hidden_dim,
             layer_count: config.layer_count,
             output_dim: header.output_dim as usize,
@@ -197,6 +208,7 @@ impl Model {
                     json,
                     self.network.config(),
                     self.info.max_seq_tokens,
+                    self.info.task == Task::Classify,
                 );
             }
             TextEncoder::new(json, self.network.config(), self.info.max_seq_tokens, self.lower_case)
@@ -228,6 +240,28 @@ impl Model {
         })
     }
 
+    /// Tokenizes pairs of the query and each text, as the model's tokenizer puts two texts together. A pair that is too long is cut
+    /// as transformers does with `truncation=True` (`longest_first`): the longer of the two first, then both to about a half.
+    ///
+    /// # Errors
+    /// As [`Model::encode`], where text 0 is the query and text `n` is `texts[n - 1]`; [`ModelError::Tokenizer`] when the tokenizer
+    /// has no form for pairs.
+    pub fn encode_pairs(&self, query: &str, texts: &[&str]) -> Result<Vec<EncodedText>, ModelError> {
+        use rayon::prelude::*;
+        let encoder = self.text_encoder()?;
+        let first = encoder.tokens(0, query)?;
+        let pair = |(index, text): (usize, &&str)| {
+            encoder.tokens(index + 1, text).and_then(|second| encoder.pair(&first, &second))
+        };
+        pool().run(texts.len() >= MIN_PARALLEL_TEXTS, |threads| {
+            if threads > 1 {
+                texts.par_iter().enumerate().map(pair).collect()
+            } else {
+                texts.iter().enumerate().map(pair).collect()
+            }
+        })
+    }
+
     /// Byte ranges in `text` of all its tokens, in order, without special tokens and without cutting. For splitting documents
     /// by the model's own tokens. At most [`MAX_TEXT_BYTES`] ranges, as texts are bounded.
     ///
@@ -237,7 +271,8 @@ impl Model {
         self.text_encoder()?.spans(text)
     }
 
-    /// Computes the vectors of encoded texts, in their order. A vector is the same bit for bit in any batch.
+    /// Computes the vectors of encoded texts, in their order; of a classifier the logits of texts or pairs, a number for each label, to
+    /// which no activation was applied. A vector is the same bit for bit in any batch.
     ///
     /// # Errors
     /// [`ModelError`] when a text was encoded by another model, or a result is not a finite vector (of norm one, where the

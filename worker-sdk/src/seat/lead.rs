@@ -1,7 +1,7 @@
 //! What the leading thread does for all: taking up the lease, sending, sleeping until answers come, and coming back after
 //! the broker's death. Who leads when is decided beside this file.
 
-use super::link::Link;
+use super::link::{Link, Mail};
 use super::{Guard, LOAD_GRACE, Outage, Seat};
 use crate::connect::{RECONNECT_BASE, RECONNECT_CAP};
 use crate::error::SdkError;
@@ -127,8 +127,12 @@ impl Seat {
                 if state.is_linked_by(number)
                     && let Some(link) = &mut state.link
                 {
-                    let arrivals = link.sort(mail);
-                    self.deliver(&mut state, arrivals);
+                    for mail in link.sort(mail) {
+                        match mail {
+                            Mail::End(arrival) => self.deliver_one(&mut state, arrival),
+                            Mail::Piece { job, partial } => self.add_piece(&mut state, job, partial),
+                        }
+                    }
                 }
             }
         }
