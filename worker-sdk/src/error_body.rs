@@ -137,7 +137,6 @@ pub fn row_of_error(error: &SdkError) -> ErrorRow {
         | SdkError::StartFailed { .. }
         | SdkError::Connect(_)
         | SdkError::Disconnected { .. } => row(ModelUnavailable, 503, exit::NO_BROKER),
-        SdkError::SharingOff { .. } => row(ErrorCode::MissingDependency, 501, exit::MODEL),
         SdkError::WouldBlock => row(ModelUnavailable, 429, exit::BUSY),
         SdkError::Argument(_) => row(GenerateEmbeddingsError, 400, exit::USAGE),
         SdkError::Fault { .. } => row(ModelUnavailable, 502, exit::FAILED),
