@@ -6,6 +6,7 @@
 mod backing_kind;
 mod cache_messages;
 mod codec;
+mod config_messages;
 mod head;
 mod messages;
 mod model_messages;
@@ -18,6 +19,7 @@ pub use bincode::{Decode, Encode};
 pub use backing_kind::{BackingKind, UnknownBacking};
 pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
 pub use codec::{CodecError, FrameBuffer, decode_body, encode_body, encode_frame};
+pub use config_messages::ConfigurationReloaded;
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;
 pub use model_messages::*;

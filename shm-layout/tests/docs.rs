@@ -164,6 +164,7 @@ fn messages() -> String {
         "model_messages",
         "provider_messages",
         "task_messages",
+        "config_messages",
     ];
     // The tests at a file's end would hide what comes behind them.
     let texts = files.map(|name| {

@@ -95,7 +95,7 @@ impl Core {
             errors: counted.fold(0, |sum, count| sum.saturating_add(count.count)),
             execution: engines.execution,
             memory_bytes: self.held_bytes().saturating_add(self.cache_bytes()),
-            budget_bytes: self.config.policy.memory_budget_bytes,
+            budget_bytes: self.config.policy.memory_budget_bytes.filter(|_| self.config.memory_monitoring),
         };
         for change in self.alerts.look(now_ns, figures) {
             match change {

@@ -71,6 +71,8 @@ pub(crate) struct CoreConfig {
     /// Names that are loaded at start and kept.
     pub(crate) preload: Vec<String>,
     pub(crate) idle_exit: Option<Duration>,
+    /// Whether memory that grows short is told as an alert.
+    pub(crate) memory_monitoring: bool,
     pub(crate) allow_other_users: bool,
     /// Whether generations get a cache.
     pub(crate) caches: bool,

@@ -3,6 +3,7 @@
 
 use super::backing_kind::BackingKind;
 use super::cache_messages::{CacheDescription, CacheInsertKey, CacheTotals};
+use super::config_messages::ConfigurationReloaded;
 use super::model_messages::{EngineMetrics, ModelCommand, ModelOutcome, Superseded};
 use super::provider_messages::{Provide, ProviderJob};
 use super::status_messages::{EngineTotals, StatusReport};
@@ -217,15 +218,6 @@ pub enum BrokerMessage {
     Superseded(Superseded),
     /// The configuration was read again. One that cannot be used is refused with `CONFIG_INVALID` and changes nothing.
     ConfigurationReloaded(ConfigurationReloaded),
-}
-
-/// What became of a configuration that was read again.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
-pub struct ConfigurationReloaded {
-    /// What changed and takes effect, one line each.
-    pub applied: Vec<String>,
-    /// What changed and cannot take effect now, one line each, with what it needs.
-    pub pending: Vec<String>,
 }
 
 /// Answer to [`Hello`].

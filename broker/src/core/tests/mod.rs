@@ -38,6 +38,7 @@ fn config_with(limits: Limits, policy: Policy) -> CoreConfig {
         models: Vec::new(),
         preload: Vec::new(),
         idle_exit: None,
+        memory_monitoring: true,
         allow_other_users: false,
         caches: true,
         engine_saves: false,
