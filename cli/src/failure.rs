@@ -72,6 +72,7 @@ pub(crate) fn exit_of_code(code: Code) -> Exit {
         | Code::ModelUnsupported
         | Code::ModelLoadError
         | Code::ModelUnavailable
+        | Code::ProviderFailed
         | Code::DiskFull => Exit::Model,
         Code::EmptyInput | Code::TooLarge | Code::InvalidUtf8 | Code::BadPayload | Code::OutputTooSmall => {
             Exit::Input
@@ -80,6 +81,7 @@ pub(crate) fn exit_of_code(code: Code) -> Exit {
         | Code::DeadlineExceeded
         | Code::LoadTimeout
         | Code::TooMany
+        | Code::ProviderTimeout
         | Code::ShuttingDown => Exit::Busy,
         _ => Exit::Failed,
     }

@@ -389,6 +389,8 @@ fn limits_document_is_what_the_constants_say() {
         ("sdk", constants("worker-sdk/src/settings.rs", |name| name.starts_with("DEFAULT_"))),
         ("sdk-split", constants("worker-sdk/src/split.rs", any)),
         ("sdk-seat", constants("worker-sdk/src/seat.rs", any)),
+        ("sdk-provider", constants("worker-sdk/src/provider.rs", any)),
+        ("provided-jobs", constants("broker/src/core/provided_jobs.rs", any)),
         ("pipeline", constants("doc-pipeline/src/limits.rs", any)),
     ];
     check("limits.md", &parts);

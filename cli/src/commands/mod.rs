@@ -7,6 +7,7 @@ mod doctor;
 mod documents;
 mod embed;
 mod load;
+pub(crate) mod provided;
 mod serve;
 mod worker;
 

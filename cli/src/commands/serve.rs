@@ -71,6 +71,7 @@ pub(super) fn run(socket: Option<PathBuf>, args: ServeArgs) -> Result<(), Failur
     config.cache_entries = args.cache_entries;
     config.cache_ttl = Duration::from_secs(args.cache_ttl);
     config.cache_persist = persist;
+    config.providers = args.providers;
     if let Some(fd) = args.ready_fd {
         let mut ready = open_inherited(fd)?;
         config.on_ready = Some(Box::new(move || {

@@ -164,7 +164,8 @@ impl Behaviour {
                     .collect();
                 (Code::Ok, encode_token_spans(&spans))
             }
-            None => (Code::UnsupportedOperation, Vec::new()),
+            // The peer's models are an engine's.
+            Some(Operation::Call) | None => (Code::UnsupportedOperation, Vec::new()),
         }
     }
 }
@@ -415,6 +416,10 @@ impl Broker {
                 true
             }
             ClientMessage::Ping => stream.send(id, &BrokerMessage::Pong, vec![], long).is_ok(),
+            // Providers are tested against the real broker.
+            ClientMessage::Provide(_) | ClientMessage::ProviderAnswer(_) | ClientMessage::Withdraw { .. } => {
+                false
+            }
         }
     }
 
