@@ -1,16 +1,50 @@
 //! The crate `engine` behind the host's traits: maps an image and computes on its pages.
 
-use crate::compute::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
+use crate::compute::{Compute, ComputeError, Generating, Loader, ModelFacts, ReceivedImage, Vectors};
 use engine::{EncodedText, Model, ModelError};
 use shm_layout::cache::saved_identity;
 use shm_layout::code::Code;
-use shm_layout::image::ImageBytes;
-use shm_layout::wire;
+use shm_layout::image::{ImageBytes, Task};
+use shm_layout::wire::{self, FinishReason, GenerateRequest};
 use shm_os::ReadOnlyMapping;
 use shm_os::image_backing::{BackingKind, map_published};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+
+/// What no encoder ever makes.
+#[derive(Debug)]
+pub(crate) enum NoRun {}
+
+impl Generating for NoRun {
+    fn is_done(&self) -> bool {
+        match *self {}
+    }
+
+    fn take_text(&mut self) -> String {
+        match *self {}
+    }
+
+    fn text(&self) -> String {
+        match *self {}
+    }
+
+    fn token_ids(&self) -> &[u32] {
+        match *self {}
+    }
+
+    fn finish(&self) -> Option<FinishReason> {
+        match *self {}
+    }
+
+    fn prompt_tokens(&self) -> usize {
+        match *self {}
+    }
+
+    fn output_tokens(&self) -> usize {
+        match *self {}
+    }
+}
 
 /// Loads images with the crate `engine`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -73,10 +107,24 @@ impl Loader for EngineLoader {
 
 impl Compute for EngineModel {
     type Prepared = EncodedText;
+    type Run = NoRun;
+
+    fn prepare_pairs(&self, _query: &str, _texts: &[&str]) -> Result<Vec<EncodedText>, ComputeError> {
+        Err(ComputeError::new(Code::WrongTask, "this model does not rank"))
+    }
+
+    fn begin(&self, _request: &GenerateRequest) -> Result<NoRun, ComputeError> {
+        Err(ComputeError::new(Code::WrongTask, "this model does not write"))
+    }
+
+    fn step(&self, _runs: &mut [&mut NoRun]) -> Result<(), ComputeError> {
+        Ok(())
+    }
 
     fn facts(&self) -> ModelFacts {
         let info = self.model.info();
         ModelFacts {
+            task: Task::Embed,
             dim: info.output_dim,
             max_seq_tokens: info.max_seq_tokens,
             fingerprint: info.fingerprint,

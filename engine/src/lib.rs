@@ -16,11 +16,12 @@ mod kernel;
 pub mod model;
 mod packing;
 mod threads;
+pub mod unigram;
 mod verify;
 pub mod wordpiece;
 
 pub use compile::{CompileError, CompileOptions, CompileProgress, CompileSummary, ImageSink, compile_folder};
 pub use kernel::{CPU_PATH_VARIABLE, has_native_bf16};
-pub use model::{Embeddings, EncodedText, Model, ModelError, ModelInfo};
+pub use model::{Embeddings, EncodedText, ImageFacts, Model, ModelError, ModelInfo, describe};
 pub use threads::{ThreadsError, on_this_thread, set_threads, threads};
 pub use verify::{VerifyError, verify_image};

@@ -92,7 +92,7 @@ impl ProviderSpec {
         self.operation(Operation::Embed)
     }
 
-    /// It takes this operation; payloads are as `docs/protocol.md` lays them out.
+    /// It takes this operation, `Call`, `Embed` or `Tokenize`; payloads are as `docs/protocol.md` lays them out.
     pub fn operation(mut self, operation: Operation) -> ProviderSpec {
         if !self.offer.operations.contains(&operation) {
             self.offer.operations.push(operation);
@@ -190,7 +190,7 @@ impl Client {
     pub fn provide(&self, spec: ProviderSpec) -> Result<Provider, SdkError> {
         let (offer, threads) = spec.finish()?;
         let core = self.core();
-        let deadline = Deadline::after(Some(core.settings.patience));
+        let deadline = Deadline::after(Some(core.settings.patience()));
         // Starts a broker where that is allowed and none runs.
         core.session(core.settings.start, deadline, &mut |_| {})?;
         let link = Link::register(&core.settings, &offer, deadline)?;

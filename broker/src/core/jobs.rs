@@ -6,7 +6,7 @@ use super::models::{EngineSide, EntryState};
 use super::relay::JobState;
 use shm_layout::code::Code;
 use shm_layout::limits::{MAX_JOB_ATTEMPTS, MAX_PAYLOAD_BYTES};
-use shm_layout::wire::{AnswerFrame, BrokerMessage, JobFrame, ToEngine, is_provided};
+use shm_layout::wire::{AnswerFrame, BrokerMessage, JobFrame, Partial, ToEngine, is_provided};
 use tracing::{debug, warn};
 
 /// When a client that hit a limit on jobs may try again, in ms.
@@ -151,9 +151,18 @@ impl Core {
         self.send(session, job.request_id, BrokerMessage::Answer(answer));
     }
 
+    /// A piece of a job's answer, while the rest is still being made.
+    pub(super) fn job_goes_on(&mut self, partial: Partial) {
+        let Some(job) = self.relay.get(partial.job_id).filter(|job| !job.cancelled) else { return };
+        let Some(session) = job.session else { return };
+        let partial = Partial { job_id: job.frame.job_id, ..partial };
+        self.send(session, job.request_id, BrokerMessage::Partial(partial));
+    }
+
     /// Answers a job without an engine.
     pub(super) fn answer_here(&mut self, relay_id: u64, status: Code, message: &str) {
         let payload = super::cut(message.to_owned()).into_bytes();
+        self.metrics.failed(status);
         self.job_answered(AnswerFrame { job_id: relay_id, status, payload, queue_us: 0, execution_us: 0 });
     }
 

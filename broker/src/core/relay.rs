@@ -309,6 +309,11 @@ impl Relay {
         self.jobs.values().any(|j| j.generation == generation)
     }
 
+    /// Jobs for this generation.
+    pub(crate) fn count_of(&self, generation: u64) -> usize {
+        self.jobs.values().filter(|j| j.generation == generation).count()
+    }
+
     /// Every job that is owed an answer.
     pub(crate) fn owed(&self) -> Vec<u64> {
         self.jobs.iter().filter(|(_, j)| j.session.is_some()).map(|(id, _)| *id).collect()

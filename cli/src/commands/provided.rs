@@ -25,6 +25,9 @@ fn operation_name(operation: Operation) -> &'static str {
         Operation::Tokenize => "tokenize",
         Operation::EmbedFresh => "embed-fresh",
         Operation::Call => "call",
+        Operation::Rank => "rank",
+        Operation::Classify => "classify",
+        Operation::Generate => "generate",
     }
 }
 

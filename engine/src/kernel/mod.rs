@@ -15,6 +15,7 @@ mod encoder;
 mod finish;
 #[cfg(target_arch = "x86_64")]
 mod gelu_table;
+mod head;
 mod product;
 mod product_bf16;
 mod product_f32;
@@ -24,12 +25,13 @@ mod team;
 mod vector;
 mod weights;
 
-pub(crate) use attention::AttentionShape;
+pub(crate) use attention::{AttentionShape, Reach};
 pub(crate) use cpu::path_name;
 pub use cpu::{CPU_PATH_VARIABLE, has_native_bf16};
 pub(crate) use encoder::{
-    Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, encode,
-    release_all_scratch,
+    Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, RotaryTables,
+    encode, release_all_scratch,
 };
+pub(crate) use head::{HeadLayer, apply_head};
 pub(crate) use vector::{max_row, scale_row, sum_row, unit_row};
 pub(crate) use weights::WeightSlice;

@@ -2,15 +2,18 @@
 
 use super::reader::Reader;
 use shm_layout::code::Code;
+use shm_layout::image::Task;
 use shm_layout::limits::MAX_FRAME_BODY_BYTES;
 use shm_layout::wire::{
-    Acquire, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
-    CacheTotals, ClientMessage, Decode, Encode, EngineReport, EngineTotals, FrameBuffer, FromEngine,
-    FromLoader, HEAD_BYTES, Hello, JobFrame, LaneDescription, Leased, LoadProgress, ModelDescription,
-    ModelReport, ModelState, Operation, Priority, Provide, ProvidedReport, ProvidedTotals,
-    ProviderChildReport, ProviderJob, ProviderReport, Refusal, SessionReport, StatusReport, ToEngine,
-    Welcome, decode_body, encode_frame,
+    Acquire, Alert, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
+    CacheTotals, ClientMessage, CodeCount, Decode, DurationCounts, Encode, EngineMetrics, EngineReport,
+    EngineTotals, FrameBuffer, FromEngine, FromLoader, GenerationReport, HEAD_BYTES, Hello, JobFrame,
+    LaneDescription, LastError, Leased, LoadProgress, Metrics, ModelCommand, ModelDescription, ModelDetail,
+    ModelOutcome, ModelReport, ModelState, Operation, Priority, ProcessReferences, Provide, ProvidedReport,
+    ProvidedTotals, ProviderChildReport, ProviderJob, ProviderReport, Refusal, SessionReport, StatusReport,
+    Superseded, ToEngine, UnloadMode, Welcome, decode_body, encode_frame,
 };
+use shm_layout::wire::{NamedPrompt, TaskFacts};
 
 /// First byte even: the rest is one body. Odd: the rest is a stream, fed in pieces whose sizes the first bytes choose.
 pub fn run(data: &[u8]) {
@@ -60,6 +63,15 @@ fn round_trip<T: Encode + Decode<()>>(body: &[u8]) {
     }
 }
 
+fn facts() -> TaskFacts {
+    TaskFacts {
+        labels: vec!["yes".into(), "no".into()],
+        prompts: vec![NamedPrompt { name: "query".into(), text: "query: ".into() }],
+        default_prompt: Some("query".into()),
+        ..TaskFacts::of(Task::Embed)
+    }
+}
+
 fn description() -> ModelDescription {
     ModelDescription {
         model_id: "all-MiniLM-L6-v2".into(),
@@ -70,6 +82,7 @@ fn description() -> ModelDescription {
         fingerprint: 0x0123_4567_89ab_cdef,
         content_hash: [9; 32],
         backing: BackingKind::SealedMemfd,
+        facts: facts(),
     }
 }
 
@@ -121,6 +134,7 @@ fn status() -> StatusReport {
                 region_bytes: 3,
                 totals: CacheTotals::default(),
             }),
+            detail: detail(),
         }],
         engines: vec![EngineReport {
             pid: 30,
@@ -167,6 +181,17 @@ fn status() -> StatusReport {
             last_fault: Some("f".into()),
             children: vec![ProviderChildReport { pid: 2, starts: 1, last_exit: None }],
         }],
+        metrics: Metrics {
+            load: durations(),
+            errors: vec![CodeCount { code: Code::Overloaded, count: 3 }],
+            ..Metrics::default()
+        },
+        alerts: vec![Alert {
+            name: "memory".into(),
+            severity: "warning".into(),
+            message: "x".into(),
+            age_us: 1,
+        }],
     }
 }
 
@@ -188,6 +213,29 @@ fn offer() -> Provide {
     }
 }
 
+fn durations() -> DurationCounts {
+    DurationCounts { counts: vec![0, 1, 2], sum_us: 7 }
+}
+
+fn detail() -> ModelDetail {
+    ModelDetail {
+        ids: vec!["embedding".into()],
+        kind: Some("embedding".into()),
+        last_error: Some(LastError { code: Code::OutOfMemory, message: "x".into(), age_us: 2 }),
+        generations: vec![GenerationReport {
+            generation: 1,
+            image_bytes: 2,
+            backing: BackingKind::SealedMemfd,
+            is_current: true,
+            is_served: false,
+            leases: 1,
+            age_us: 3,
+        }],
+        references: vec![ProcessReferences { pid: 20, count: 1 }],
+        ..ModelDetail::default()
+    }
+}
+
 fn client_messages() -> Vec<(&'static str, ClientMessage)> {
     let hello = Hello { protocol_major: 2, protocol_minor: 0, layout_hash: 7, client_name: "worker".into() };
     let acquire = Acquire { model: "m".into(), want_lane: true, want_image: false, wait_ms: 1000 };
@@ -203,6 +251,11 @@ fn client_messages() -> Vec<(&'static str, ClientMessage)> {
         ("provide", ClientMessage::Provide(offer())),
         ("provider-answer", ClientMessage::ProviderAnswer(answer())),
         ("withdraw", ClientMessage::Withdraw { model_id: "custom/x".into() }),
+        ("model-reload", ClientMessage::Model(ModelCommand::Reload { model: "m".into(), wait_ms: 5 })),
+        (
+            "model-unload",
+            ClientMessage::Model(ModelCommand::Unload { model: "m".into(), mode: UnloadMode::Force }),
+        ),
     ]
 }
 
@@ -256,6 +309,11 @@ fn broker_messages() -> Vec<(&'static str, BrokerMessage)> {
         ),
         ("provider-cancel", BrokerMessage::ProviderCancel { relay_id: 1 }),
         ("withdrawn", BrokerMessage::Withdrawn),
+        (
+            "model-reloaded",
+            BrokerMessage::Model(ModelOutcome::Reloaded { model: description(), replaced: 1, load_us: 2 }),
+        ),
+        ("superseded", BrokerMessage::Superseded(Superseded { lease_id: 2, generation: 3 })),
     ]
 }
 
@@ -266,6 +324,7 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
         ("add-lane", ToEngine::AddLane { lane_id: 1, generation: 2 }),
         ("job", ToEngine::Job { relay_id: 1, session_id: 2, generation: 3, attempts: 0, job: job() }),
         ("drain", ToEngine::Drain),
+        ("probe", ToEngine::Probe { generation: 1 }),
     ];
     let from_engine = [
         ("ready", FromEngine::Ready { threads: 2 }),
@@ -275,6 +334,18 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("engine-answer", FromEngine::Answer(answer())),
         ("totals", FromEngine::Totals(EngineTotals::default())),
+        (
+            "probed",
+            FromEngine::Probed { generation: 1, code: Code::BadResult, message: "x".into(), probe_us: 2 },
+        ),
+        (
+            "metrics",
+            FromEngine::Metrics(EngineMetrics {
+                queue: durations(),
+                execution: durations(),
+                errors: vec![CodeCount { code: Code::BadPayload, count: 1 }],
+            }),
+        ),
         (
             "cache-insert",
             FromEngine::CacheInsert {
@@ -287,7 +358,7 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
     ];
     let from_loader = [
         ("loader-progress", FromLoader::Progress(progress())),
-        ("loaded", FromLoader::Loaded { model_id: "m".into(), image_bytes: 3, backing }),
+        ("loaded", FromLoader::Loaded { model_id: "m".into(), image_bytes: 3, backing, facts: facts() }),
         ("failed", FromLoader::Failed { code: Code::DiskFull, message: "full".into() }),
     ];
     let mut out = Vec::new();

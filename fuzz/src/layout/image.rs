@@ -4,7 +4,7 @@ use super::reader::Reader;
 use shm_layout::image::{
     CheckedHeader, CheckedImage, Family, HEADER_BYTES, HeaderValues, HeapImage, ImageBytes, Isa,
     PAGE_ALIGN_BYTES, Pooling, Precision, SECTION_ENTRY_BYTES, SectionEntry, SectionKind, TENSOR_ALIGN_BYTES,
-    TENSOR_ENTRY_BYTES, TensorEntry, tensor_align_bytes,
+    TENSOR_ENTRY_BYTES, Task, TensorEntry, tensor_align_bytes,
 };
 
 /// First byte even: the rest is the image. Odd: the rest is a list of changes of a good one.
@@ -103,6 +103,7 @@ pub fn sample() -> Vec<u8> {
         total_bytes: end,
         content_hash: [7; 32],
         family: Family::Bert,
+        task: Task::Embed,
         precision: Precision::F32,
         isa: Isa::Any,
         pooling: Pooling::MEAN,

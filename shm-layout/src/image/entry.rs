@@ -30,17 +30,29 @@ pub enum SectionKind {
     SentenceTransformersConfig = 5,
     /// modules.json as found.
     Modules = 6,
+    /// generation_config.json as found.
+    GenerationConfig = 7,
+    /// tokenizer_config.json as found.
+    TokenizerConfig = 8,
+    /// The chat template, Jinja.
+    ChatTemplate = 9,
+    /// A Unigram tokenizer's tables, as `engine::unigram` lays them out; only with a tokenizer.json that they cover.
+    TokenizerTables = 10,
 }
 
 impl SectionKind {
     /// All kinds in the order of their numbers.
-    pub const ALL: [SectionKind; 6] = [
+    pub const ALL: [SectionKind; 10] = [
         SectionKind::ModelId,
         SectionKind::Config,
         SectionKind::Tokenizer,
         SectionKind::SentenceBertConfig,
         SectionKind::SentenceTransformersConfig,
         SectionKind::Modules,
+        SectionKind::GenerationConfig,
+        SectionKind::TokenizerConfig,
+        SectionKind::ChatTemplate,
+        SectionKind::TokenizerTables,
     ];
 
     /// The kind of this number.
@@ -59,12 +71,14 @@ pub enum DType {
     Bf16 = 2,
     /// Signed integer, 1 byte.
     Int8 = 3,
+    /// Bytes of blocks of quantised numbers; the tensor's name says of which kind.
+    Blocks = 4,
 }
 
 impl DType {
     /// The type of this number.
     pub fn from_u32(value: u32) -> Option<Self> {
-        [DType::F32, DType::Bf16, DType::Int8].into_iter().find(|dtype| *dtype as u32 == value)
+        [DType::F32, DType::Bf16, DType::Int8, DType::Blocks].into_iter().find(|dtype| *dtype as u32 == value)
     }
 
     /// Size of one element in bytes.
@@ -72,7 +86,7 @@ impl DType {
         match self {
             DType::F32 => 4,
             DType::Bf16 => 2,
-            DType::Int8 => 1,
+            DType::Int8 | DType::Blocks => 1,
         }
     }
 }

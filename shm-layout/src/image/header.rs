@@ -7,24 +7,97 @@ use super::layout::{
     content_hash_range, read_u32, read_u64, write_u32, write_u64,
 };
 use crate::table::offset_of;
+use crate::wire::{Decode, Encode};
 
 const fn at(name: &str) -> usize {
     offset_of(HEADER_FIELDS, name)
 }
 
 /// Which model code computes the image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Family {
     /// BERT encoders: absolute positions counted from zero.
     Bert = 1,
     /// RoBERTa and XLM-RoBERTa encoders: positions counted from the padding id.
     Roberta = 2,
+    /// MPNet encoders: relative position buckets.
+    Mpnet = 3,
+    /// ModernBERT encoders: rotary positions, local and global layers, gated feed-forward blocks.
+    ModernBert = 4,
+    /// Nomic BERT encoders: rotary positions, gated feed-forward blocks.
+    NomicBert = 5,
+    /// Qwen3 decoders: grouped-query attention with normalised queries and keys.
+    Qwen3 = 6,
+    /// Llama decoders: grouped-query attention.
+    Llama = 7,
+    /// T5 encoder-decoders.
+    T5 = 8,
 }
 
 impl Family {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Family; 8] = [
+        Family::Bert,
+        Family::Roberta,
+        Family::Mpnet,
+        Family::ModernBert,
+        Family::NomicBert,
+        Family::Qwen3,
+        Family::Llama,
+        Family::T5,
+    ];
+
     fn from_u32(value: u32) -> Option<Self> {
-        [Family::Bert, Family::Roberta].into_iter().find(|family| *family as u32 == value)
+        Self::ALL.into_iter().find(|family| *family as u32 == value)
+    }
+
+    /// Its name in `config.json` files and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Family::Bert => "bert",
+            Family::Roberta => "roberta",
+            Family::Mpnet => "mpnet",
+            Family::ModernBert => "modernbert",
+            Family::NomicBert => "nomic_bert",
+            Family::Qwen3 => "qwen3",
+            Family::Llama => "llama",
+            Family::T5 => "t5",
+        }
+    }
+}
+
+/// What a model is for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Encode, Decode)]
+#[repr(u32)]
+pub enum Task {
+    /// A text becomes a vector.
+    #[default]
+    Embed = 1,
+    /// A text, or a pair of texts, gets a score for each label; a reranker is one with a single label.
+    Classify = 2,
+    /// A text becomes another one.
+    TextToText = 3,
+    /// A conversation, or a text, is continued.
+    Chat = 4,
+}
+
+impl Task {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Task; 4] = [Task::Embed, Task::Classify, Task::TextToText, Task::Chat];
+
+    fn from_u32(value: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|task| *task as u32 == value)
+    }
+
+    /// Its name in settings and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Task::Embed => "embedding",
+            Task::Classify => "classifier",
+            Task::TextToText => "text2text",
+            Task::Chat => "chat",
+        }
     }
 }
 
@@ -72,7 +145,8 @@ impl Isa {
     }
 }
 
-/// A set of pooling modes; their outputs are concatenated in the order CLS, max, mean, mean by square root of length.
+/// A set of pooling modes; their outputs are concatenated in the order CLS, max, mean, mean by square root of length,
+/// last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pooling(u32);
 
@@ -85,12 +159,14 @@ impl Pooling {
     pub const MEAN: Pooling = Pooling(4);
     /// Sum over tokens divided by the square root of their number.
     pub const MEAN_SQRT_LEN: Pooling = Pooling(8);
+    /// The last token's hidden state.
+    pub const LAST: Pooling = Pooling(16);
     /// All single modes in output order.
-    pub const ALL: [Pooling; 4] = [Self::CLS, Self::MAX, Self::MEAN, Self::MEAN_SQRT_LEN];
+    pub const ALL: [Pooling; 5] = [Self::CLS, Self::MAX, Self::MEAN, Self::MEAN_SQRT_LEN, Self::LAST];
 
     /// The set of these bits, or `None` when it is empty or has an unknown bit.
     pub fn from_bits(bits: u32) -> Option<Self> {
-        (bits != 0 && bits < 16).then_some(Pooling(bits))
+        (bits != 0 && bits < 32).then_some(Pooling(bits))
     }
 
     /// The bits of the set.
@@ -123,6 +199,8 @@ pub struct HeaderValues {
     pub content_hash: [u8; 32],
     /// Model family.
     pub family: Family,
+    /// What the model is for.
+    pub task: Task,
     /// Precision of the matrices.
     pub precision: Precision,
     /// Instruction set the tensors are packed for.
@@ -135,13 +213,13 @@ pub struct HeaderValues {
     pub lower_case: bool,
     /// Width of the hidden state.
     pub hidden_dim: u32,
-    /// Length of an output vector.
+    /// Length of an output vector; the number of labels of a classifier; `hidden_dim` of what generates text.
     pub output_dim: u32,
     /// Longest sequence in tokens, special tokens included.
     pub max_seq_tokens: u32,
     /// Number of token ids.
     pub vocab_size: u32,
-    /// Number of encoder layers.
+    /// Number of layers; of a T5 those of its encoder.
     pub layer_count: u32,
     /// Number of sections.
     pub section_count: u32,
@@ -182,6 +260,7 @@ impl HeaderValues {
             (at("layout_version"), LAYOUT_VERSION),
             (at("header_bytes"), HEADER_BYTES as u32),
             (at("family"), self.family as u32),
+            (at("task"), self.task as u32),
             (at("precision"), self.precision as u32),
             (at("isa"), self.isa as u32),
             (at("pooling"), self.pooling.bits()),
@@ -263,6 +342,7 @@ impl CheckedHeader {
         let mut content_hash = [0; 32];
         content_hash.copy_from_slice(&bytes[content_hash_range()]);
         let family = word("family");
+        let task = word("task");
         let precision = word("precision");
         let isa = word("isa");
         let pooling = word("pooling");
@@ -270,6 +350,7 @@ impl CheckedHeader {
             total_bytes,
             content_hash,
             family: Family::from_u32(family).ok_or(bad("family", u64::from(family)))?,
+            task: Task::from_u32(task).ok_or(bad("task", u64::from(task)))?,
             precision: Precision::from_u32(precision).ok_or(bad("precision", u64::from(precision)))?,
             isa: Isa::from_u32(isa).ok_or(bad("isa", u64::from(isa)))?,
             pooling: Pooling::from_bits(pooling).ok_or(bad("pooling", u64::from(pooling)))?,
@@ -288,9 +369,6 @@ impl CheckedHeader {
             names_bytes: long("names_bytes"),
             data_offset: long("data_offset"),
         };
-        if u64::from(values.output_dim) != u64::from(values.hidden_dim) * u64::from(values.pooling.count()) {
-            return Err(bad("output_dim", u64::from(values.output_dim)));
-        }
         values.check_places(long("data_bytes"))?;
         Ok(CheckedHeader(values))
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 /// First bytes of every image.
 pub const MAGIC: [u8; 8] = *b"MBIMAGE\0";
 /// Version of this layout; any change of a table below increases it.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 /// Size of the header in bytes.
 pub const HEADER_BYTES: usize = 256;
 /// Size of one section entry in bytes.
@@ -54,7 +54,14 @@ pub const HEADER_FIELDS: &[Field] = &[
         "compiler",
         "BLAKE3 of the image with these 32 bytes as zero",
     ),
-    Field::new("family", 56, 4, "u32", "compiler", "model family: 1 BERT, 2 RoBERTa and XLM-RoBERTa"),
+    Field::new(
+        "family",
+        56,
+        4,
+        "u32",
+        "compiler",
+        "model family: 1 BERT, 2 RoBERTa and XLM-RoBERTa, 3 MPNet, 4 ModernBERT, 5 Nomic BERT, 6 Qwen3, 7 Llama, 8 T5",
+    ),
     Field::new("precision", 60, 4, "u32", "compiler", "precision of the matrices: 1 f32, 2 bf16, 3 int8"),
     Field::new("isa", 64, 4, "u32", "compiler", "instruction set the tensors are packed for: 1 any"),
     Field::new(
@@ -63,7 +70,7 @@ pub const HEADER_FIELDS: &[Field] = &[
         4,
         "u32",
         "compiler",
-        "bit set, outputs concatenated in this order: 1 CLS, 2 max, 4 mean, 8 mean by square root of length",
+        "bit set, outputs concatenated in this order: 1 CLS, 2 max, 4 mean, 8 mean by square root of length, 16 last",
     ),
     Field::new(
         "flags",
@@ -80,7 +87,7 @@ pub const HEADER_FIELDS: &[Field] = &[
         4,
         "u32",
         "compiler",
-        "length of an output vector: hidden_dim times pooling bits",
+        "length of an output vector; number of labels of a classifier; hidden_dim of a generator",
     ),
     Field::new(
         "max_seq_tokens",
@@ -91,7 +98,7 @@ pub const HEADER_FIELDS: &[Field] = &[
         "longest sequence with special tokens; longer ones are cut",
     ),
     Field::new("vocab_size", 88, 4, "u32", "compiler", "number of token ids"),
-    Field::new("layer_count", 92, 4, "u32", "compiler", "number of encoder layers"),
+    Field::new("layer_count", 92, 4, "u32", "compiler", "number of layers; of a T5 those of its encoder"),
     Field::new("section_count", 96, 4, "u32", "compiler", "number of section entries"),
     Field::new("section_entry_bytes", 100, 4, "u32", "compiler", "size of one section entry"),
     Field::new("sections_offset", 104, 8, "u64", "compiler", "offset of the section entries"),
@@ -102,6 +109,14 @@ pub const HEADER_FIELDS: &[Field] = &[
     Field::new("names_bytes", 136, 8, "u64", "compiler", "length of the name table"),
     Field::new("data_offset", 144, 8, "u64", "compiler", "offset of the first tensor, page-aligned"),
     Field::new("data_bytes", 152, 8, "u64", "compiler", "bytes from data_offset to the end of the image"),
+    Field::new(
+        "task",
+        160,
+        4,
+        "u32",
+        "compiler",
+        "what the model is for: 1 embed, 2 classify, 3 text to text, 4 chat",
+    ),
 ];
 
 /// One section entry.
@@ -113,7 +128,8 @@ pub const SECTION_ENTRY_FIELDS: &[Field] = &[
         "u32",
         "compiler",
         "1 model id (UTF-8), 2 config.json, 3 tokenizer.json (checked and cleaned), 4 sentence_bert_config.json, \
-         5 config_sentence_transformers.json, 6 modules.json",
+         5 config_sentence_transformers.json, 6 modules.json, 7 generation_config.json, 8 tokenizer_config.json, \
+         9 chat template (Jinja), 10 tables of a Unigram tokenizer",
     ),
     Field::new("reserved", 4, 4, "u32", "compiler", "zero"),
     Field::new("offset", 8, 8, "u64", "compiler", "offset of the section in the image"),
@@ -124,7 +140,7 @@ pub const SECTION_ENTRY_FIELDS: &[Field] = &[
 pub const TENSOR_ENTRY_FIELDS: &[Field] = &[
     Field::new("name_offset", 0, 4, "u32", "compiler", "offset of the name in the name table"),
     Field::new("name_bytes", 4, 4, "u32", "compiler", "length of the name"),
-    Field::new("dtype", 8, 4, "u32", "compiler", "1 F32, 2 BF16, 3 I8"),
+    Field::new("dtype", 8, 4, "u32", "compiler", "1 F32, 2 BF16, 3 I8, 4 bytes of quantised blocks"),
     Field::new("rank", 12, 4, "u32", "compiler", "number of dimensions, 1 to 4"),
     Field::new("shape", 16, 32, "[u64; 4]", "compiler", "dimensions, outermost first; past rank: zero"),
     Field::new("data_offset", 48, 8, "u64", "compiler", "offset of the data in the image"),
@@ -146,7 +162,7 @@ const _: () = assert!(TENSOR_ENTRY_FIELDS[TENSOR_ENTRY_FIELDS.len() - 1].end() =
 const _: () = assert!(SECTION_ENTRY_FIELDS[SECTION_ENTRY_FIELDS.len() - 1].end() == SECTION_ENTRY_BYTES);
 
 /// First header byte that no field uses.
-pub(super) const RESERVED_FROM: usize = 160;
+pub(super) const RESERVED_FROM: usize = 164;
 
 /// Bytes of the image that the content hash itself occupies and that count as zero in it.
 pub const fn content_hash_range() -> Range<usize> {

@@ -13,7 +13,7 @@ mod layout;
 pub use bytes::{HeapImage, ImageBytes};
 pub use checked::{CheckedImage, TensorView};
 pub use entry::{DType, SectionEntry, SectionKind, TensorEntry};
-pub use header::{CheckedHeader, Family, HeaderValues, Isa, Pooling, Precision};
+pub use header::{CheckedHeader, Family, HeaderValues, Isa, Pooling, Precision, Task};
 pub use layout::{
     HEADER_BYTES, HEADER_FIELDS, LAYOUT_VERSION, MAGIC, MAX_DIMENSION, MAX_IMAGE_BYTES, MAX_NAME_BYTES,
     MAX_NAMES_BYTES, MAX_RANK, MAX_SECTION_BYTES, MAX_SECTIONS, MAX_TENSORS, PAGE_ALIGN_BYTES,

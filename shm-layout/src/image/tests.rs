@@ -60,6 +60,7 @@ fn sample() -> Vec<u8> {
         total_bytes: end,
         content_hash: [7; 32],
         family: Family::Bert,
+        task: Task::Embed,
         precision: Precision::F32,
         isa: Isa::Any,
         pooling: Pooling::MEAN,

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use shm_layout::code::Code;
+use shm_layout::image::Task;
 use shm_layout::lane::{CONTROL_FIELDS, EngineLane, Geometry, LaneMemory, REGION_BYTES};
 use shm_layout::payload::{EmbeddingRows, decode_texts, encode_embeddings, encode_token_spans};
 use shm_layout::table::offset_of;
@@ -164,8 +165,7 @@ impl Behaviour {
                     .collect();
                 (Code::Ok, encode_token_spans(&spans))
             }
-            // The peer's models are an engine's.
-            Some(Operation::Call) | None => (Code::UnsupportedOperation, Vec::new()),
+            _ => (Code::UnsupportedOperation, Vec::new()),
         }
     }
 }
@@ -351,6 +351,10 @@ impl Broker {
         let long = Duration::from_secs(20);
         let stream = &mut connection.stream;
         match message {
+            // This peer knows nothing of providers.
+            ClientMessage::Provide(_) | ClientMessage::ProviderAnswer(_) | ClientMessage::Withdraw { .. } => {
+                false
+            }
             ClientMessage::Hello(hello) => {
                 assert_eq!(hello.layout_hash, shm_layout::lane::LAYOUT_HASH);
                 let welcome = Welcome {
@@ -407,6 +411,8 @@ impl Broker {
                     faults: 0,
                     provided: vec![],
                     open_descriptors: 0,
+                    metrics: Default::default(),
+                    alerts: vec![],
                 };
                 stream.send(id, &BrokerMessage::Status(report), vec![], long).is_ok()
             }
@@ -415,10 +421,15 @@ impl Broker {
                 self.stop.store(true, SeqCst);
                 true
             }
+            ClientMessage::ReloadConfiguration => {
+                let answer = BrokerMessage::ConfigurationReloaded(Default::default());
+                stream.send(id, &answer, vec![], long).is_ok()
+            }
             ClientMessage::Ping => stream.send(id, &BrokerMessage::Pong, vec![], long).is_ok(),
-            // Providers are tested against the real broker.
-            ClientMessage::Provide(_) | ClientMessage::ProviderAnswer(_) | ClientMessage::Withdraw { .. } => {
-                false
+            ClientMessage::Model(_) => {
+                let message = "this peer knows no orders".to_owned();
+                let refusal = Refusal { code: Code::UnsupportedOperation, message, retry_after_ms: 0 };
+                stream.send(id, &BrokerMessage::Refused(refusal), vec![], long).is_ok()
             }
         }
     }
@@ -459,6 +470,7 @@ impl Broker {
             fingerprint: self.behaviour.fingerprint.load(SeqCst),
             content_hash: [0; 32],
             backing: BackingKind::SealedMemfd,
+            facts: TaskFacts::of(Task::Embed),
         };
         let image = self.behaviour.image.lock().unwrap();
         let image = image.as_ref().filter(|_| acquire.want_image);

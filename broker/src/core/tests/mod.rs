@@ -2,11 +2,14 @@
 
 mod provided;
 mod random;
+mod reconfigure;
 mod scripted;
 
 use super::*;
+use shm_layout::image::Task;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::limits::MAX_JOB_ATTEMPTS;
+use shm_layout::wire::TaskFacts;
 use shm_layout::wire::{
     Acquire, AnswerFrame, BackingKind, CacheDescription, ClientMessage, FromEngine, Hello, JobFrame,
     Operation, PROTOCOL_MAJOR, Priority, Provide, ProviderJob, StatusReport,
@@ -20,6 +23,14 @@ fn core_with(limits: Limits) -> Core {
     let config = CoreConfig {
         default_model: "default".into(),
         limits,
+        policy: Policy {
+            unload_after: Duration::ZERO,
+            max_shared_models: 0,
+            memory_budget_bytes: None,
+            log_model_usage: true,
+        },
+        models: Vec::new(),
+        preload: Vec::new(),
         idle_exit: None,
         allow_other_users: false,
         caches: true,
@@ -41,6 +52,8 @@ fn facts(model_id: &str) -> ImageFacts {
         fingerprint: 1,
         content_hash: [1; 32],
         backing: BackingKind::SealedMemfd,
+        facts: TaskFacts::of(Task::Embed),
+        precision: "f32",
     }
 }
 
@@ -113,6 +126,12 @@ struct World {
     /// Jobs that providers have and have not answered.
     given: BTreeMap<u64, VecDeque<ProviderJob>>,
     exited: bool,
+    /// The configuration is being read.
+    reading: bool,
+    /// What caches were last told to hold.
+    cache_entries: Option<usize>,
+    available_bytes: Option<u64>,
+    cached: Vec<(u64, u64)>,
     last_session: u64,
     last_request: u64,
 }
@@ -140,6 +159,10 @@ impl World {
             processes: BTreeSet::new(),
             given: BTreeMap::new(),
             exited: false,
+            reading: false,
+            cache_entries: None,
+            available_bytes: None,
+            cached: Vec::new(),
             last_session: 0,
             last_request: 0,
         };
@@ -247,6 +270,16 @@ impl World {
                 let exit = ChildExit::Signal(9);
                 self.events.push_back(Event::ProviderExited { child, exit });
             }
+            Action::ReadConfiguration => {
+                assert!(!self.reading, "two readings at once");
+                self.reading = true;
+            }
+            Action::Reconfigure { cache_entries, .. } => self.cache_entries = Some(cache_entries),
+            Action::LookAtMemory => {
+                let event =
+                    Event::Memory { available_bytes: self.available_bytes, caches: self.cached.clone() };
+                self.events.push_back(event);
+            }
             Action::Exit => self.exited = true,
         }
     }
@@ -290,6 +323,10 @@ impl World {
                 self.happens(Event::Tick);
             }
             ToEngine::Totals => self.engine_says(FromEngine::Totals(Default::default())),
+            ToEngine::Probe { generation } => {
+                let (code, message) = (Code::Ok, String::new());
+                self.engine_says(FromEngine::Probed { generation, code, message, probe_us: 7 });
+            }
             ToEngine::AddLane { .. } | ToEngine::CancelJob { .. } => {}
         }
         true
