@@ -20,6 +20,7 @@ mod stamp;
 mod verify;
 
 pub use error::LoadError;
+pub use facts::facts_of_bytes;
 pub use load::{LoadRequest, LoadedImage, load_image};
 pub use precision::{PrecisionChoice, split_precision};
 pub use process::run;

@@ -212,7 +212,8 @@ const TABLE: &[Spec] = &[
         Preset::Text("error"),
         Clients,
         "what a process does that cannot have the shared model: fail, or load its own copy",
-    ),
+    )
+    .ours(&["MODELBROKER_FALLBACK"]),
     spec(
         "embedding_cache.enabled",
         Switch,

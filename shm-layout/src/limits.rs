@@ -22,13 +22,15 @@ pub const MAX_JOB_ATTEMPTS: u32 = 8;
 /// After so many attempts a job is run alone, so that it cannot take innocent ones down with it.
 pub const ISOLATE_AFTER_ATTEMPTS: u32 = 2;
 /// Most labels of a classifier.
-pub const MAX_LABELS: usize = 1024;
+pub const MAX_LABELS: usize = 4096;
 /// Longest label, name of a prompt, or role in a conversation, in bytes.
 pub const MAX_LABEL_BYTES: usize = 128;
 /// Most prompts that come with a model.
-pub const MAX_PROMPTS: usize = 64;
+pub const MAX_PROMPTS: usize = 256;
 /// Longest prompt that is put before texts, in bytes.
 pub const MAX_PROMPT_BYTES: usize = 4096;
+/// Longest that a model's labels and prompts may be together, in bytes.
+pub const MAX_FACTS_BYTES: usize = 512 * 1024;
 /// Most messages of a conversation.
 pub const MAX_CHAT_MESSAGES: usize = 1024;
 /// Most stop strings of a generation.

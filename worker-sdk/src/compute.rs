@@ -3,6 +3,7 @@
 use crate::embeddings::Embeddings;
 use crate::error::SdkError;
 use shm_layout::image::ImageBytes;
+use shm_layout::wire::TaskFacts;
 use shm_os::ReadOnlyMapping;
 use std::ops::Range;
 use std::sync::Arc;
@@ -43,6 +44,7 @@ impl ImageBytes for MappedImage {
 pub(crate) struct Computer {
     engine: engine::Model,
     image: Arc<MappedImage>,
+    facts: TaskFacts,
     /// The process that may compute with it.
     generation: u64,
 }
@@ -54,11 +56,18 @@ impl Computer {
         let shared: Arc<dyn ImageBytes> = Arc::<MappedImage>::clone(&image);
         let engine =
             engine::Model::load(shared).map_err(|error| SdkError::Local(error.to_string().into()))?;
-        Ok(Computer { engine, image, generation: shm_os::fork_generation() })
+        let facts =
+            model_loader::facts_of_bytes(image.as_bytes()).map_err(|what| SdkError::Local(what.into()))?;
+        Ok(Computer { engine, image, facts, generation: shm_os::fork_generation() })
     }
 
     pub(crate) fn info(&self) -> &engine::ModelInfo {
         self.engine.info()
+    }
+
+    /// What the model is for.
+    pub(crate) fn facts(&self) -> &TaskFacts {
+        &self.facts
     }
 
     pub(crate) fn image_bytes(&self) -> usize {

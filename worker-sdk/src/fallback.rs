@@ -13,8 +13,7 @@ use crate::time::Deadline;
 use model_loader::{LoadRequest, PrecisionChoice, load_image};
 use model_source::SourceOptions;
 use shm_layout::code::Code;
-use shm_layout::image::Task;
-use shm_layout::wire::{BackingKind, LoadProgress, ModelDescription, TaskFacts};
+use shm_layout::wire::{BackingKind, LoadProgress, ModelDescription};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -265,7 +264,7 @@ pub(crate) fn describe(computer: &Computer) -> ModelDescription {
         fingerprint: info.fingerprint,
         content_hash: info.content_hash,
         backing: BackingKind::ImageFile,
-        facts: TaskFacts::of(Task::Embed),
+        facts: computer.facts().clone(),
     }
 }
 

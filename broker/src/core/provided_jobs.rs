@@ -136,6 +136,7 @@ impl Core {
             }
             None => passed_on(answer.status, answer.payload),
         };
+        self.metrics.failed(status);
         if let Some(model) = self.providers.models.get_mut(&generation) {
             model.totals.jobs += 1;
             model.totals.errors += u64::from(status != Code::Ok);
@@ -168,6 +169,7 @@ impl Core {
             return;
         };
         let Some((session, request_id, job_id)) = self.relay.orphan(relay_id) else { return };
+        self.metrics.failed(status);
         let payload = cut(message.to_owned()).into_bytes();
         let answer = AnswerFrame { job_id, status, payload, queue_us: 0, execution_us: 0 };
         self.send(session, request_id, BrokerMessage::Answer(answer));

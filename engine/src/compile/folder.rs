@@ -17,6 +17,8 @@ use std::path::{Component, Path, PathBuf};
 
 /// Longest path of a file inside a model folder, bytes.
 const MAX_PATH_BYTES: usize = 256;
+/// Most entries of a folder that are looked through for a file of a kind.
+const MAX_FOLDER_ENTRIES: usize = 10_000;
 
 /// What identifies one state of a file; any change of it while reading means the bytes can't be trusted to belong together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +121,28 @@ impl ModelFolder {
         source.read_at(&mut bytes, 0)?;
         source.check_unchanged()?;
         Ok(Some(bytes))
+    }
+
+    /// The name of the folder's one file with this ending, if the folder has no config.json.
+    ///
+    /// # Errors
+    /// [`CompileError::File`] when there are several, or too many files to look through.
+    pub(crate) fn only_file_ending_in(&mut self, ending: &str) -> Result<Option<String>, CompileError> {
+        if self.open_file("config.json")?.is_some() {
+            return Ok(None);
+        }
+        let read = |source| CompileError::Folder { source };
+        let mut found = None;
+        for (index, entry) in self.path.read_dir().map_err(read)?.enumerate() {
+            let name = entry.map_err(read)?.file_name();
+            let Some(name) = name.to_str().filter(|name| name.ends_with(ending)) else { continue };
+            if found.is_some() || index >= MAX_FOLDER_ENTRIES {
+                let reason = format!("there is more than one {ending} file; keep one in the folder");
+                return Err(CompileError::File { name: name.to_owned(), reason });
+            }
+            found = Some(name.to_owned());
+        }
+        Ok(found)
     }
 
     /// Fails when a file that was read is now another one, or changed. Call it after the last read.

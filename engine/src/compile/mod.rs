@@ -9,6 +9,9 @@ mod checkpoint;
 mod encoder;
 mod error;
 mod folder;
+mod generator;
+mod gguf;
+mod gguf_files;
 mod plan;
 mod sentence;
 mod tables;
@@ -17,6 +20,7 @@ mod write;
 
 pub(crate) use encoder::head_name;
 pub use error::CompileError;
+pub(crate) use generator::table_precision;
 pub use sentence::{MAX_PROMPT_BYTES, MAX_PROMPTS};
 pub(crate) use sentence::{Prompts, prompts};
 
@@ -147,6 +151,9 @@ pub fn compile_folder(
 ) -> Result<CompileSummary, CompileError> {
     check_model_id(&options.model_id)?;
     let mut folder = ModelFolder::open(folder, &options.allow_symlinks_into)?;
+    if let Some((plan, checkpoint)) = generator_plan(&mut folder, options)? {
+        return finish(&plan, &checkpoint, &folder, out, progress);
+    }
     let settings = SentenceSettings::read(&mut folder)?;
     let prefix = settings.prefix.clone();
     let config_json = required(
@@ -198,7 +205,54 @@ pub fn compile_folder(
     sections.extend(tables.map(|data| (SectionKind::TokenizerTables, data)));
     let plan = plan::layout(header, &sections, tensors)?;
     drop(sections);
-    let content_hash = write::write(&plan, &checkpoint, out, progress)?;
+    finish(&plan, &checkpoint, &folder, out, progress)
+}
+
+/// The image of a generator, if the folder holds one: by the `model_type` of its config.json, unless it is made for embedding.
+fn generator_plan(
+    folder: &mut ModelFolder,
+    options: &CompileOptions,
+) -> Result<Option<(plan::Plan, Checkpoint)>, CompileError> {
+    if let Some(name) = folder.only_file_ending_in(".gguf")? {
+        return gguf_plan(folder, &name, options).map(Some);
+    }
+    let Some(config_json) = folder.read("config.json", MAX_CONFIG_BYTES)? else { return Ok(None) };
+    if !generator::generator_type(&config_json)? || folder.file("modules.json")?.is_some() {
+        return Ok(None);
+    }
+    let files = generator::GeneratorFiles::read(folder, config_json)?;
+    let checkpoint = Checkpoint::open(folder, "")?;
+    let plan = generator::plan_image(files, &checkpoint, options)?;
+    Ok(Some((plan, checkpoint)))
+}
+
+/// The image of a generator in a GGUF file.
+fn gguf_plan(
+    folder: &mut ModelFolder,
+    name: &str,
+    options: &CompileOptions,
+) -> Result<(plan::Plan, Checkpoint), CompileError> {
+    let file = folder.file(name)?.ok_or_else(|| CompileError::Missing {
+        name: name.to_owned(),
+        fix: "put the file back and try again",
+    })?;
+    let header = gguf::read(&file)?;
+    let beside = folder.read("tokenizer.json", tokenizer_check::MAX_TOKENIZER_BYTES)?;
+    let files = gguf_files::read(&file, &header, beside)?;
+    let checkpoint = gguf::checkpoint(file, &header)?;
+    let plan = generator::plan_image(files, &checkpoint, options)?;
+    Ok((plan, checkpoint))
+}
+
+/// Writes a planned image and proves that the folder did not change meanwhile.
+fn finish(
+    plan: &plan::Plan,
+    checkpoint: &Checkpoint,
+    folder: &ModelFolder,
+    out: &mut dyn ImageSink,
+    progress: &mut dyn FnMut(CompileProgress),
+) -> Result<CompileSummary, CompileError> {
+    let content_hash = write::write(plan, checkpoint, out, progress)?;
     checkpoint.files.iter().try_for_each(folder::SourceFile::check_unchanged)?;
     folder.check_unchanged()?;
     Ok(CompileSummary {

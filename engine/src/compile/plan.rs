@@ -34,6 +34,8 @@ pub(crate) enum Make {
     },
     /// What is added to scores by distance, `[heads, 2 * positions - 1]`, of a source `[buckets, heads]`.
     DistanceBias,
+    /// The one source's bytes as they are: quantised blocks.
+    Copy,
 }
 
 /// One tensor of the image to be.

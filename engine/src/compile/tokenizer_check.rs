@@ -44,13 +44,15 @@ const KNOWN_REGEXES: [&str; 5] = [
 ];
 
 /// Kinds of parts that are known to end in time and memory linear in the text.
-const KNOWN_PARTS: [&str; 26] = [
+const KNOWN_PARTS: [&str; 28] = [
     "BertNormalizer",
     "BertPreTokenizer",
     "BertProcessing",
+    "ByteFallback",
     "ByteLevel",
     "CharDelimiterSplit",
     "Digits",
+    "Fuse",
     "Lowercase",
     "Metaspace",
     "NFC",
@@ -84,10 +86,25 @@ struct AddedToken {
 /// # Errors
 /// What is wrong, for people.
 pub(crate) fn clean(bytes: &[u8], vocab_size: usize) -> Result<Vec<u8>, String> {
+    clean_parts(bytes, vocab_size, false)
+}
+
+/// As [`clean`], with the decoder, which generators turn ids into text with: checked like the other parts.
+///
+/// # Errors
+/// What is wrong, for people.
+pub(crate) fn clean_with_decoder(bytes: &[u8], vocab_size: usize) -> Result<Vec<u8>, String> {
+    clean_parts(bytes, vocab_size, true)
+}
+
+fn clean_parts(bytes: &[u8], vocab_size: usize, keeps_decoder: bool) -> Result<Vec<u8>, String> {
     let parts: UniqueMap<&RawValue, 32> = serde_json::from_slice(bytes).map_err(text)?;
     let mut parts = parts.0;
     for (key, raw) in &parts {
         match key.as_str() {
+            "decoder" if keeps_decoder => {
+                check_part(raw, vocab_size).map_err(|reason| format!("{key}: {reason}"))?;
+            }
             "version" | "truncation" | "padding" | "decoder" => {}
             "added_tokens" => check_added_tokens(raw)?,
             "normalizer" | "pre_tokenizer" | "post_processor" => {
@@ -102,6 +119,9 @@ pub(crate) fn clean(bytes: &[u8], vocab_size: usize) -> Result<Vec<u8>, String> 
     }
     let null: &RawValue = serde_json::from_str("null").map_err(text)?;
     for dropped in ["truncation", "padding", "decoder"] {
+        if dropped == "decoder" && keeps_decoder {
+            continue;
+        }
         parts.insert(dropped.to_owned(), null);
     }
     // The crate wants the version first.

@@ -73,6 +73,7 @@ pub(crate) fn write(
             Make::RotaryCos { base_bits } => rotary(tensor, base_bits, &mut stream, f64::cos)?,
             Make::RotarySin { base_bits } => rotary(tensor, base_bits, &mut stream, f64::sin)?,
             Make::DistanceBias => distance_bias(tensor, checkpoint, &mut stream)?,
+            Make::Copy => copy(tensor, checkpoint, &mut stream)?,
         }
     }
     let hash = *stream.hasher.finalize().as_bytes();
@@ -139,6 +140,27 @@ fn concat(
             stream.write(&out)?;
             offset += raw.len() as u64;
             left -= count as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the sources' bytes as they are, as many as the tensor has.
+fn copy(
+    tensor: &PlannedTensor,
+    checkpoint: &Checkpoint,
+    stream: &mut Stream<'_>,
+) -> Result<(), CompileError> {
+    let mut left = tensor.len_bytes();
+    let mut raw = Vec::new();
+    for (_, source) in &tensor.sources {
+        let mut offset = source.offset;
+        while left > 0 {
+            raw.resize(left.min(BLOCK_BYTES) as usize, 0);
+            checkpoint.files[source.file].read_at(&mut raw, offset)?;
+            stream.write(&raw)?;
+            offset += raw.len() as u64;
+            left -= raw.len() as u64;
         }
     }
     Ok(())

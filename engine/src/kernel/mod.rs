@@ -11,6 +11,7 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod cpu;
+mod decoder;
 mod encoder;
 mod finish;
 #[cfg(target_arch = "x86_64")]
@@ -28,6 +29,10 @@ mod weights;
 pub(crate) use attention::{AttentionShape, Reach};
 pub(crate) use cpu::path_name;
 pub use cpu::{CPU_PATH_VARIABLE, has_native_bf16};
+pub(crate) use decoder::{
+    CrossWeights, Dense, DistanceBias, Feed, Kept, Matrix, Mismatch, Sees, StackLayer, StackShape,
+    StackWeights, Step, StepRow, project, rms_norm_row, row_of, run_stack,
+};
 pub(crate) use encoder::{
     Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, RotaryTables,
     encode, release_all_scratch,

@@ -71,4 +71,33 @@ pub enum ModelError {
     /// The probe text's vector is not what it was before.
     #[error("the probe gives another vector than before: this process's memory can't be trusted, restart it")]
     Probe,
+    /// An option of a generation is out of range.
+    #[error("option {field} is {value}, allowed is {allowed}")]
+    Option {
+        /// Its name.
+        field: &'static str,
+        /// What was asked for.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+    /// A chat template failed, or there is none.
+    #[error("chat template: {reason}")]
+    Template {
+        /// What it said.
+        reason: String,
+    },
+    /// There is no room for an answer's keys and values.
+    #[error(
+        "keys and values need {needed_bytes} bytes, {used_bytes} of {max_bytes} are in use; wait until other answers are done, \
+         or ask for fewer tokens or beams"
+    )]
+    KvMemory {
+        /// Bytes that this answer needs.
+        needed_bytes: u64,
+        /// Bytes that others have.
+        used_bytes: u64,
+        /// The bound, bytes.
+        max_bytes: u64,
+    },
 }

@@ -4,8 +4,8 @@
 use super::{Decode, Encode, Operation};
 use crate::image::Task;
 use crate::limits::{
-    MAX_CHAT_MESSAGES, MAX_LABEL_BYTES, MAX_LABELS, MAX_PROMPT_BYTES, MAX_PROMPTS, MAX_STOP_BYTES,
-    MAX_STOP_STRINGS,
+    MAX_CHAT_MESSAGES, MAX_FACTS_BYTES, MAX_LABEL_BYTES, MAX_LABELS, MAX_PROMPT_BYTES, MAX_PROMPTS,
+    MAX_STOP_BYTES, MAX_STOP_STRINGS,
 };
 
 /// A text that is put before others, under a name.
@@ -58,6 +58,11 @@ impl TaskFacts {
         };
         if self.prompts.len() > MAX_PROMPTS || !self.prompts.iter().all(fits) {
             return Err("prompts over the limit");
+        }
+        let labels: usize = self.labels.iter().map(String::len).sum();
+        let prompts: usize = self.prompts.iter().map(|prompt| prompt.name.len() + prompt.text.len()).sum();
+        if labels + prompts > MAX_FACTS_BYTES {
+            return Err("labels and prompts over the limit for both together");
         }
         match &self.default_prompt {
             Some(name) if !self.prompts.iter().any(|prompt| prompt.name == *name) => {

@@ -1,5 +1,6 @@
 //! A world around a core, without processes: it does what the core says, and remembers what clients were told.
 
+mod devices;
 mod provided;
 mod random;
 mod reconfigure;
