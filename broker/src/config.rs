@@ -382,7 +382,7 @@ pub struct Limits {
     /// How long jobs, and requests for leases, wait for a model that nobody provides just now. Beyond: `MODEL_UNAVAILABLE`, or
     /// `MODEL_NOT_FOUND` where nobody ever has.
     pub provider_return: Duration,
-    /// A provider's process that was up for so long counts as one that worked, and is started anew at once.
+    /// A provider's process that was up for so long, or answered anything, is started anew at once when it ends.
     pub provider_healthy_after: Duration,
     /// First delay of the restart of a provider's process that ended early; doubles with each further one.
     pub provider_backoff_base: Duration,

@@ -441,6 +441,8 @@ fn limits_document_is_what_the_constants_say() {
         ("sdk-fallback", constants("worker-sdk/src/fallback.rs", |name| name.starts_with("RETURN_"))),
         ("sdk-split", constants("worker-sdk/src/split.rs", any)),
         ("sdk-seat", constants("worker-sdk/src/seat.rs", any)),
+        ("sdk-provider", constants("worker-sdk/src/provider.rs", any)),
+        ("provided-jobs", constants("broker/src/core/provided_jobs.rs", any)),
         ("pipeline", constants("doc-pipeline/src/limits.rs", any)),
         ("settings", constants("settings/src/limits.rs", any)),
         ("reload", constants("broker/src/core/reconfigure.rs", max)),

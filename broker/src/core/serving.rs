@@ -155,6 +155,7 @@ impl Core {
             self.hand_over_lane(lane_id, generation);
         }
         self.send_held_jobs(now_ns);
+        self.note_device(now_ns, generation);
         self.switch_if_warm(now_ns, generation);
         self.grant_waiters(now_ns, generation);
         self.answer_loaded(generation);

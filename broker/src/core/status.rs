@@ -175,8 +175,7 @@ impl Core {
             ids: settings.ids.clone(),
             kind: settings.kind.map(|kind| kind.name().to_owned()),
             source: entry.source.clone(),
-            // The only one that engines have so far.
-            device: "cpu".to_owned(),
+            device: super::devices::CPU.to_owned(),
             device_wished: settings.device.to_string(),
             precision: images().next_back().map(|(_, image)| image.precision.to_owned()),
             pinned: settings.pinned,

@@ -10,6 +10,7 @@ mod embed;
 mod load;
 mod metrics_json;
 mod model;
+pub(crate) mod provided;
 mod serve;
 mod texts;
 mod worker;

@@ -65,6 +65,7 @@ pub(super) fn run(line: CommandLine, args: ServeArgs) -> Result<(), Failure> {
         client_idle_exit: args.idle_exit.filter(|_| args.started_by_client).map(Duration::from_secs),
     };
     let mut config = broker_config(settings, &surroundings, args.inspectable)?;
+    config.providers = args.providers;
     if let Some(fd) = args.ready_fd {
         let mut ready = open_inherited(fd)?;
         config.on_ready = Some(Box::new(move || {
