@@ -11,6 +11,10 @@ use shm_os::image_backing::{BackingKind, map_published};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Length of an image from which on its first probe waits until the first answer is out.
+const LATE_PROBE_BYTES: u64 = 512 << 20;
 
 /// Loads images with the crate `engine`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -31,6 +35,8 @@ impl ImageBytes for MappedImage {
 pub(crate) struct EngineModel {
     model: Model,
     image: Arc<MappedImage>,
+    /// Whether it was probed: what later probes are compared with is there.
+    probed: AtomicBool,
 }
 
 impl EngineModel {
@@ -64,9 +70,14 @@ impl Loader for EngineLoader {
         let model = Model::load(Arc::clone(&image) as Arc<dyn ImageBytes>).map_err(|error| {
             ComputeError::new(Code::ModelInvalid, format!("the engine cannot use the image: {error}"))
         })?;
-        let loaded = EngineModel { model, image };
-        // Builds the tokenizer, shows that the model computes, and is what later probes are compared with.
-        loaded.probe()?;
+        let loaded = EngineModel { model, image, probed: AtomicBool::new(false) };
+        if loaded.model.info().image_bytes < LATE_PROBE_BYTES {
+            // Builds the tokenizer, shows that the model computes, and is what later probes are compared with.
+            loaded.probe()?;
+        } else {
+            // Reading all weights takes as long as the first answer: that comes first, and is checked as every one is.
+            loaded.model.warm().map_err(|error| ComputeError::new(Code::ModelInvalid, error.to_string()))?;
+        }
         Ok(loaded)
     }
 }
@@ -119,9 +130,15 @@ impl Compute for EngineModel {
         self.model.token_spans(text).map_err(|error| refusal(&error))
     }
 
+    fn wants_probe(&self) -> bool {
+        !self.probed.load(Ordering::Relaxed)
+    }
+
     fn probe(&self) -> Result<(), ComputeError> {
         self.model.probe().map_err(|error| ComputeError::new(Code::ModelInvalid, error.to_string()))?;
-        self.check_image()
+        self.check_image()?;
+        self.probed.store(true, Ordering::Relaxed);
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ mod tokenize;
 pub use error::ModelError;
 pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 
-pub(crate) use tokenize::{ImagePart, TextEncoder};
+pub(crate) use tokenize::TextEncoder;
 
 use crate::config::EncoderConfig;
 use crate::kernel::{Breaks, Lookup, path_name, release_all_scratch};
@@ -187,17 +187,10 @@ impl Model {
             let missing = || ModelError::Inconsistent { what: "section tokenizer.json is missing".into() };
             let json = checked.section(SectionKind::Tokenizer).ok_or_else(missing)?;
             // Tables that cannot be read are as good as none: the library reads the file that they were made from.
-            if let Some(tables) = self.place(checked.section(SectionKind::TokenizerTables))
-                && let Some(tables) = Unigram::open(Arc::clone(&self.image), tables)
-                && let Some(range) = self.place(Some(json))
+            if let Some(range) = checked.section(SectionKind::TokenizerTables).and_then(|t| self.place(t))
+                && let Some(tables) = Unigram::open(Arc::clone(&self.image), range)
             {
-                let json = ImagePart { image: Arc::clone(&self.image), range };
-                return TextEncoder::over_tables(
-                    tables,
-                    json,
-                    self.network.config(),
-                    self.info.max_seq_tokens,
-                );
+                return TextEncoder::over_tables(tables, self.network.config(), self.info.max_seq_tokens);
             }
             TextEncoder::new(json, self.network.config(), self.info.max_seq_tokens, self.lower_case)
         };
@@ -205,8 +198,7 @@ impl Model {
     }
 
     /// Where a section lies in the image.
-    fn place(&self, section: Option<&[u8]>) -> Option<Range<usize>> {
-        let section = section?;
+    fn place(&self, section: &[u8]) -> Option<Range<usize>> {
         let start = (section.as_ptr() as usize).checked_sub(self.image.as_bytes().as_ptr() as usize)?;
         Some(start..start.checked_add(section.len())?)
     }
