@@ -16,10 +16,7 @@ fn pairs(name: &str) -> [Vec<String>; 2] {
 
 fn encoded_pairs(model: &Model, name: &str) -> Vec<EncodedText> {
     let [queries, texts] = pairs(name);
-    queries
-        .iter()
-        .flat_map(|query| model.encode_pairs(query, &borrow(&texts)).expect("encodes"))
-        .collect()
+    queries.iter().flat_map(|query| model.encode_pairs(query, &borrow(&texts)).expect("encodes")).collect()
 }
 
 fn logits(model: &Model, encoded: &[EncodedText]) -> Vec<f32> {
@@ -110,7 +107,8 @@ fn images_say_what_they_are() {
 fn a_default_prompt_must_exist() {
     let folder = copy("qwen3");
     let settings = serde_json::json!({"prompts": {"query": "q: "}, "default_prompt_name": "passage"});
-    std::fs::write(folder.path().join("config_sentence_transformers.json"), settings.to_string()).expect("write");
+    std::fs::write(folder.path().join("config_sentence_transformers.json"), settings.to_string())
+        .expect("write");
     let error = common::compile_error(folder.path());
     assert!(error.contains("passage") && error.contains("names no prompt"), "{error}");
 }

@@ -247,12 +247,7 @@ impl Finder<'_> {
     }
 
     /// A gated layer: blocks of [`GATED_BLOCK`] outputs of the half that is activated, each before the same block of the other.
-    fn gated(
-        &mut self,
-        name: &str,
-        parts: &[String],
-        config: &EncoderConfig,
-    ) -> Result<(), CompileError> {
+    fn gated(&mut self, name: &str, parts: &[String], config: &EncoderConfig) -> Result<(), CompileError> {
         let (wide, inputs) = (config.intermediate_dim, config.hidden_dim);
         let outputs = 2 * wide / parts.len();
         let parts: Vec<(String, usize)> = parts.iter().map(|part| (part.clone(), outputs)).collect();
@@ -262,9 +257,7 @@ impl Finder<'_> {
             // In one matrix the second half lies behind the first.
             let second_row = if sources.len() == 1 { wide } else { 0 };
             let blocks = (0..wide).step_by(GATED_BLOCK);
-            blocks
-                .flat_map(|row| [rows_of(first, row), rows_of(last, second_row + row)])
-                .collect::<Vec<_>>()
+            blocks.flat_map(|row| [rows_of(first, row), rows_of(last, second_row + row)]).collect::<Vec<_>>()
         };
         self.linear(name, self.precision, interleave(weights), interleave(biases))
     }

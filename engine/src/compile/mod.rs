@@ -17,8 +17,8 @@ mod write;
 
 pub(crate) use encoder::head_name;
 pub use error::CompileError;
-pub(crate) use sentence::{Prompts, prompts};
 pub use sentence::{MAX_PROMPT_BYTES, MAX_PROMPTS};
+pub(crate) use sentence::{Prompts, prompts};
 
 use crate::config::{EncoderConfig, MAX_CONFIG_BYTES};
 use crate::model::TextEncoder;
@@ -254,7 +254,10 @@ fn header_settings(
     let (pooling, normalize, output_dim) = match config.classifier {
         Some(classifier) => (classifier.pooling, false, classifier.label_count),
         None if settings.modules_json.is_some() && !settings.has_pooling => {
-            return Err(bad("modules.json", "has no Pooling module, and config.json names no classifier".into()));
+            return Err(bad(
+                "modules.json",
+                "has no Pooling module, and config.json names no classifier".into(),
+            ));
         }
         None => {
             let mut dim = config.hidden_dim * settings.pooling.count() as usize;

@@ -145,7 +145,10 @@ impl SentenceSettings {
             }
         }
         if self.dense.len() > MAX_HEAD_LAYERS {
-            return Err(bad(format!("has {} Dense modules, at most {MAX_HEAD_LAYERS} are", self.dense.len())));
+            return Err(bad(format!(
+                "has {} Dense modules, at most {MAX_HEAD_LAYERS} are",
+                self.dense.len()
+            )));
         }
         let Some(pooling_path) = pooling_path else {
             // A cross-encoder's: the transformer gives the scores itself.
@@ -195,8 +198,7 @@ impl SentenceSettings {
             }
         }
         // The new key outranks the old ones. Without any mode set sentence-transformers takes the mean.
-        self.pooling = named
-            .unwrap_or(modes).into_iter().reduce(Pooling::union).unwrap_or(Pooling::MEAN);
+        self.pooling = named.unwrap_or(modes).into_iter().reduce(Pooling::union).unwrap_or(Pooling::MEAN);
         self.pooled_dim =
             map.get("word_embedding_dimension").or(map.get("embedding_dimension")).and_then(Value::as_u64);
         Ok(())
@@ -242,8 +244,7 @@ impl SentenceSettings {
     fn read_prompts(&mut self, folder: &mut ModelFolder) -> Result<(), CompileError> {
         const NAME: &str = "config_sentence_transformers.json";
         let Some(bytes) = folder.read(NAME, MAX_SETTINGS_BYTES)? else { return Ok(()) };
-        prompts(&bytes)
-            .map_err(|reason| CompileError::SentenceTransformers { name: NAME.into(), reason })?;
+        prompts(&bytes).map_err(|reason| CompileError::SentenceTransformers { name: NAME.into(), reason })?;
         self.sentence_transformers_config = Some(bytes);
         Ok(())
     }
@@ -266,7 +267,10 @@ pub(crate) fn prompts(bytes: &[u8]) -> Result<Prompts, String> {
                     _ => return Err(format!("prompt {:?} is not a string", shorten(name))),
                 };
                 if name.len() > MAX_PROMPT_BYTES || prompt.len() > MAX_PROMPT_BYTES {
-                    return Err(format!("prompt {:?} is longer than {MAX_PROMPT_BYTES} bytes", shorten(name)));
+                    return Err(format!(
+                        "prompt {:?} is longer than {MAX_PROMPT_BYTES} bytes",
+                        shorten(name)
+                    ));
                 }
                 prompts.push((name.clone(), prompt.to_owned()));
             }
@@ -281,7 +285,10 @@ pub(crate) fn prompts(bytes: &[u8]) -> Result<Prompts, String> {
         None | Some(Value::Null) => None,
         Some(Value::String(name)) if prompts.iter().any(|(known, _)| known == name) => Some(name.clone()),
         Some(other) => {
-            return Err(format!("default_prompt_name is {}, which names no prompt", shorten(&other.to_string())));
+            return Err(format!(
+                "default_prompt_name is {}, which names no prompt",
+                shorten(&other.to_string())
+            ));
         }
     };
     Ok((prompts, default))

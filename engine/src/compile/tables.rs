@@ -57,8 +57,25 @@ mod tests {
     fn buckets_are_those_of_transformers() {
         // MPNetEncoder.relative_position_bucket for distances key - query.
         let wanted = [
-            (0, 0), (1, 17), (-1, 1), (7, 23), (-7, 7), (8, 24), (-8, 8), (11, 24), (12, 25), (16, 26),
-            (-16, 10), (31, 27), (32, 28), (-64, 14), (90, 30), (91, 31), (127, 31), (-128, 15), (5000, 31),
+            (0, 0),
+            (1, 17),
+            (-1, 1),
+            (7, 23),
+            (-7, 7),
+            (8, 24),
+            (-8, 8),
+            (11, 24),
+            (12, 25),
+            (16, 26),
+            (-16, 10),
+            (31, 27),
+            (32, 28),
+            (-64, 14),
+            (90, 30),
+            (91, 31),
+            (127, 31),
+            (-128, 15),
+            (5000, 31),
         ];
         for (distance, bucket_wanted) in wanted {
             assert_eq!(bucket(distance, 32), bucket_wanted, "{distance}");

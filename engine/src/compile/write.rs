@@ -231,7 +231,8 @@ fn distance_bias(
         let mut table = vec![0.0; buckets * heads];
         convert(&source.dtype, &raw, name, |index, value| table[index] = value)?;
         let positions = (tensor.shape[1] as usize).div_ceil(2);
-        for head in super::tables::distance_bias(&table, buckets, heads, positions).chunks(2 * positions - 1) {
+        for head in super::tables::distance_bias(&table, buckets, heads, positions).chunks(2 * positions - 1)
+        {
             stream.write(&head.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
         }
     }

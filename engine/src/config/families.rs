@@ -11,12 +11,17 @@ use shm_layout::image::{Family, Pooling};
 
 /// Most positions.
 pub(super) const MAX_POSITIONS: u64 = 131_072;
-/// Most of everything that is counted in units of the hidden state or of heads.
+/// Widest hidden state.
 const MAX_HIDDEN_DIM: u64 = 16_384;
+/// Most layers.
 const MAX_LAYERS: u64 = 256;
+/// Most attention heads.
 const MAX_HEADS: u64 = 256;
+/// Widest feed-forward block.
 const MAX_INTERMEDIATE_DIM: u64 = 131_072;
+/// Most token ids.
 const MAX_VOCAB: u64 = 2_000_000;
+/// Most token types.
 const MAX_TYPES: u64 = 64;
 /// Most buckets of relative positions.
 const MAX_BUCKETS: u64 = 1024;
@@ -321,9 +326,9 @@ pub(super) fn nomic_bert(fields: &Fields) -> Result<EncoderConfig, ConfigError> 
     }
     // With a scaling factor positions beyond those trained change all others, by the text's length; they are not used then.
     let token_limit = match fields.get("rotary_scaling_factor") {
-        Some(_) => fields
-            .number("max_trained_positions", 1, MAX_POSITIONS, Some(2048))?
-            .min(config.position_count),
+        Some(_) => {
+            fields.number("max_trained_positions", 1, MAX_POSITIONS, Some(2048))?.min(config.position_count)
+        }
         None => config.position_count,
     };
     let base = rotary_base(fields, None, "rotary_emb_base", 1000.0)?;
@@ -361,11 +366,7 @@ pub(super) fn qwen3(fields: &Fields) -> Result<EncoderConfig, ConfigError> {
         is_gated: true,
         is_pre_norm: true,
         norm: NormKind::Rms,
-        biases: Biases {
-            attention: fields.flag("attention_bias", false)?,
-            feed_forward: false,
-            norm: false,
-        },
+        biases: Biases { attention: fields.flag("attention_bias", false)?, feed_forward: false, norm: false },
         has_embedding_norm: false,
         has_head_norms: true,
         position_count: 0,
@@ -377,10 +378,7 @@ pub(super) fn qwen3(fields: &Fields) -> Result<EncoderConfig, ConfigError> {
 }
 
 /// What makes the model a classifier: the architecture that config.json names first.
-pub(super) fn classifier(
-    fields: &Fields,
-    config: &EncoderConfig,
-) -> Result<Option<Classifier>, ConfigError> {
+pub(super) fn classifier(fields: &Fields, config: &EncoderConfig) -> Result<Option<Classifier>, ConfigError> {
     let architecture = fields.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
     if !architecture.is_some_and(|name| name.ends_with("ForSequenceClassification")) {
         return Ok(None);

@@ -300,10 +300,15 @@ impl EncoderConfig {
 
     /// Checks what numbers say of each other.
     fn check(&self) -> Result<(), ConfigError> {
-        let unsupported =
-            |field, value: usize, supported| Err(ConfigError::Unsupported { field, value: value.to_string(), supported });
+        let unsupported = |field, value: usize, supported| {
+            Err(ConfigError::Unsupported { field, value: value.to_string(), supported })
+        };
         if !self.head_count.is_multiple_of(self.kv_head_count) {
-            return unsupported("num_key_value_heads", self.kv_head_count, "it must divide num_attention_heads");
+            return unsupported(
+                "num_key_value_heads",
+                self.kv_head_count,
+                "it must divide num_attention_heads",
+            );
         }
         if self.rotary.is_some() && !self.head_dim.is_multiple_of(2) {
             return unsupported("head_dim", self.head_dim, "it must be even for rotary positions");
@@ -432,8 +437,15 @@ mod tests {
         let mut config = good();
         config["model_type"] = json!(model_type);
         for (key, value) in [
-            ("dim", 32), ("n_layers", 2), ("n_heads", 4), ("hidden_dim", 64), ("n_embd", 32), ("n_head", 4),
-            ("n_inner", 64), ("n_layer", 2), ("n_positions", 64),
+            ("dim", 32),
+            ("n_layers", 2),
+            ("n_heads", 4),
+            ("hidden_dim", 64),
+            ("n_embd", 32),
+            ("n_head", 4),
+            ("n_inner", 64),
+            ("n_layer", 2),
+            ("n_positions", 64),
         ] {
             config[key] = json!(value);
         }
@@ -458,12 +470,18 @@ mod tests {
                 if config[field].is_string() {
                     continue;
                 }
-                for value in [json!(-1), json!(0), json!(1.5), json!(u64::MAX), json!("x"), json!([1]), json!({})] {
+                for value in
+                    [json!(-1), json!(0), json!(1.5), json!(u64::MAX), json!("x"), json!([1]), json!({})]
+                {
                     let mut changed = config.clone();
                     changed[field] = value;
                     // Whatever is accepted is in range.
                     if let Ok(read) = parse(&changed) {
-                        assert!(read.hidden_dim <= 16_384 && read.head_dim() <= MAX_HEAD_DIM && read.head_dim() > 0);
+                        assert!(
+                            read.hidden_dim <= 16_384
+                                && read.head_dim() <= MAX_HEAD_DIM
+                                && read.head_dim() > 0
+                        );
                         assert!(read.max_tokens() > 0 && read.windows.len() == read.layer_count);
                     }
                 }

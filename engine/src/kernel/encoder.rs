@@ -10,7 +10,8 @@ mod weights;
 
 pub(crate) use scratch::release_all_scratch;
 pub(crate) use weights::{
-    EmbeddingWeights, EncodeError, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, RotaryTables,
+    EmbeddingWeights, EncodeError, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights,
+    RotaryTables,
 };
 
 use super::scratch::Place;

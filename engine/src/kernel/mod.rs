@@ -29,8 +29,8 @@ pub(crate) use attention::{AttentionShape, Reach};
 pub(crate) use cpu::path_name;
 pub use cpu::{CPU_PATH_VARIABLE, has_native_bf16};
 pub(crate) use encoder::{
-    Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights,
-    RotaryTables, encode, release_all_scratch,
+    Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, RotaryTables,
+    encode, release_all_scratch,
 };
 pub(crate) use head::{HeadLayer, apply_head};
 pub(crate) use vector::{max_row, scale_row, sum_row, unit_row};

@@ -343,22 +343,12 @@ fn turn<T: Number>(row: &mut [T], norm: Option<(&[f32], f32)>, cos: &[f32], sin:
 }
 
 #[inline(always)]
-fn turn_f32_body<const FMA: bool>(
-    row: &mut [f32],
-    norm: Option<(&[f32], f32)>,
-    cos: &[f32],
-    sin: &[f32],
-) {
+fn turn_f32_body<const FMA: bool>(row: &mut [f32], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32]) {
     turn(row, norm, cos, sin);
 }
 
 #[inline(always)]
-fn turn_bf16_body<const FMA: bool>(
-    row: &mut [u16],
-    norm: Option<(&[f32], f32)>,
-    cos: &[f32],
-    sin: &[f32],
-) {
+fn turn_bf16_body<const FMA: bool>(row: &mut [u16], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32]) {
     turn(row, norm, cos, sin);
 }
 

@@ -155,9 +155,8 @@ impl Finder<'_> {
 
     fn rotary(&self, kind: &str, config: &EncoderConfig) -> Result<Rotary, ModelError> {
         let rows = self.image.header().values().max_seq_tokens as usize;
-        let table = |function: &str| {
-            self.floats(&format!("rotary.{kind}.{function}"), &[rows, config.head_dim / 2])
-        };
+        let table =
+            |function: &str| self.floats(&format!("rotary.{kind}.{function}"), &[rows, config.head_dim / 2]);
         Ok(Rotary { cos: table("cos")?, sin: table("sin")? })
     }
 
@@ -273,7 +272,12 @@ impl Network {
                 norm: self.embeddings.norm.as_ref().map(|norm| self.norm(norm)),
             },
             distance_bias: floats_of(&self.distance_bias),
-            layers: self.layers.iter().zip(&config.windows).map(|(layer, window)| self.layer(layer, *window)).collect(),
+            layers: self
+                .layers
+                .iter()
+                .zip(&config.windows)
+                .map(|(layer, window)| self.layer(layer, *window))
+                .collect(),
             final_norm: self.final_norm.as_ref().map(|norm| self.norm(norm)),
         }
     }
@@ -289,7 +293,10 @@ impl Network {
         }
         LayerWeights {
             qkv: layer.qkv.weights(),
-            head_norms: layer.head_norms.as_ref().map(|norms| norms.each_ref().map(|weight| self.rms(weight))),
+            head_norms: layer
+                .head_norms
+                .as_ref()
+                .map(|norms| norms.each_ref().map(|weight| self.rms(weight))),
             rotary: rotary.map(|Rotary { cos, sin }| RotaryTables { cos: cos.floats(), sin: sin.floats() }),
             reach,
             attention_output: layer.attention_output.weights(),

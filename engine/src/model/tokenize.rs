@@ -105,7 +105,9 @@ impl TextEncoder {
         self.after.1.fill(0);
         if let Some(pair) = &mut self.pair {
             pair.type_ids = [0; 2];
-            [&mut pair.before, &mut pair.between, &mut pair.after].into_iter().for_each(|fringe| fringe.1.fill(0));
+            [&mut pair.before, &mut pair.between, &mut pair.after]
+                .into_iter()
+                .for_each(|fringe| fringe.1.fill(0));
         }
     }
 
@@ -204,9 +206,10 @@ impl TextEncoder {
         let [first_len, second_len] = cut_pair(first.len(), second.len(), room);
         let (mut ids, mut type_ids) = (Vec::new(), Vec::new());
         let [first_type, second_type] = pair.type_ids;
-        for (fringe, text, kind) in
-            [(&pair.before, &first[..first_len], first_type), (&pair.between, &second[..second_len], second_type)]
-        {
+        for (fringe, text, kind) in [
+            (&pair.before, &first[..first_len], first_type),
+            (&pair.between, &second[..second_len], second_type),
+        ] {
             ids.extend_from_slice(&fringe.0);
             type_ids.extend_from_slice(&fringe.1);
             ids.extend_from_slice(text);

@@ -1,10 +1,10 @@
 //! A tokenizer.json to the parts of a [`super::WordPiece`], or the answer that it is not covered. No normalisation and no
 //! matching here.
 
-use super::{Fringe, PairFringes};
 use super::added::AddedToken;
 use super::chars::Rules;
 use super::vocab::Vocab;
+use super::{Fringe, PairFringes};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::borrow::Cow;
@@ -184,11 +184,7 @@ enum PostProcessor {
     #[serde(rename = "BertProcessing")]
     Bert { sep: (String, u32), cls: (String, u32) },
     #[serde(rename = "TemplateProcessing")]
-    Template {
-        single: Vec<Piece>,
-        pair: Vec<Piece>,
-        special_tokens: HashMap<String, Special>,
-    },
+    Template { single: Vec<Piece>, pair: Vec<Piece>, special_tokens: HashMap<String, Special> },
 }
 
 #[derive(Deserialize)]

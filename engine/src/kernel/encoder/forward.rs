@@ -8,9 +8,7 @@ use super::super::finish::{Dequantize, Finish, Out, finish_exactly, finish_gated
 use super::super::product::{Left, PANEL_COLUMNS, Right, Target, Tile, multiply};
 use super::super::scratch::Place;
 use super::super::team::Member;
-use super::super::vector::{
-    embed_row, norm_row, quantize_row, rms_norm_row, to_bf16, turn_bf16, turn_f32,
-};
+use super::super::vector::{embed_row, norm_row, quantize_row, rms_norm_row, to_bf16, turn_bf16, turn_f32};
 use super::Breaks;
 use super::scratch::Places;
 use super::weights::{
@@ -303,8 +301,7 @@ impl Group<'_> {
     unsafe fn product(&self, member: &Member<'_>, linear: &LinearWeights<'_>, left: Left, then: Then) {
         let precision = self.encoder.precision;
         let is_narrow = self.is_narrow();
-        let right =
-            Right::whole(linear.panels.as_ptr(), precision, precision.padded(linear.inputs));
+        let right = Right::whole(linear.panels.as_ptr(), precision, precision.padded(linear.inputs));
         let panels = member.part(linear.outputs.div_ceil(PANEL_COLUMNS), 1);
         let done = |tile: &mut Tile, rows: Range<usize>, panel: usize| {
             let columns = panel * PANEL_COLUMNS..((panel + 1) * PANEL_COLUMNS).min(linear.outputs);
@@ -342,8 +339,7 @@ impl Group<'_> {
                     }
                 }
             };
-            let activation =
-                matches!(then, Then::Activate | Then::Gate).then_some(self.encoder.activation);
+            let activation = matches!(then, Then::Activate | Then::Gate).then_some(self.encoder.activation);
             let finish = Finish { dequantize, bias: &linear.bias[columns.clone()], activation, out };
             let tile = tile.rows_mut(rows.len());
             // SAFETY: these columns are this member's, and the places have room for all rows of all columns; the path has what

@@ -127,9 +127,7 @@ impl Weights {
         let style = self.style;
         let shape = style.shape();
         let norm = match style {
-            Style::Causal => {
-                NormWeights { kind: NormKind::Rms, weight: &self.norm, bias: &[], eps: 1e-6 }
-            }
+            Style::Causal => NormWeights { kind: NormKind::Rms, weight: &self.norm, bias: &[], eps: 1e-6 },
             _ => NormWeights { kind: NormKind::Layer, weight: &self.norm, bias: &self.zeros, eps: 1e-12 },
         };
         let head_norm = NormWeights { weight: &self.norm[..shape.head_dim], ..norm };
@@ -158,8 +156,7 @@ impl Weights {
             output_norm: norm,
         };
         let [words, kinds, positions] = &self.tables;
-        let first =
-            LayerWeights { attention_norm: (style != Style::Windowed).then_some(norm), ..layer };
+        let first = LayerWeights { attention_norm: (style != Style::Windowed).then_some(norm), ..layer };
         let encoder = EncoderWeights {
             precision,
             width: WIDTH,

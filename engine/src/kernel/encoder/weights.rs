@@ -165,8 +165,8 @@ impl EncoderWeights<'_> {
         for token in tokens {
             let word = (token.word as usize + 1) * width <= self.embeddings.words.len();
             let mut others = [token.kind, token.position].into_iter().zip(tables);
-            let inside = others
-                .all(|(row, table)| table.is_empty() || (row as usize + 1) * width <= table.len());
+            let inside =
+                others.all(|(row, table)| table.is_empty() || (row as usize + 1) * width <= table.len());
             let turns = (token.position as usize) < rotary_rows;
             holds(word && inside && turns, "a token, token type or position is not in the model")?;
         }
