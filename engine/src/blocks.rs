@@ -69,6 +69,16 @@ fn scale(bytes: &[u8], at: usize) -> f32 {
     f16::from_bits(u16::from_le_bytes([bytes[at], bytes[at + 1]])).to_f32()
 }
 
+/// Whether all scales of whole blocks are finite, so that all their numbers are.
+pub(crate) fn is_finite(kind: BlockKind, blocks: &[u8]) -> bool {
+    let scales: &[usize] = match kind {
+        BlockKind::Q8_0 | BlockKind::Q4_0 => &[0],
+        BlockKind::Q4K => &[0, 2],
+        BlockKind::Q6K => &[208],
+    };
+    blocks.chunks_exact(kind.bytes()).all(|block| scales.iter().all(|at| scale(block, *at).is_finite()))
+}
+
 /// The numbers of whole blocks, as many as `out` has room for. Formulas as in ggml's `dequantize_row_…`.
 ///
 /// # Panics
@@ -151,7 +161,8 @@ mod tests {
 
     #[test]
     fn numbers_are_those_of_candle() {
-        let values: Vec<f32> = (0..1024).map(|index| (index as f32 * 0.37).sin() * (1.0 + index as f32 / 100.0)).collect();
+        let values: Vec<f32> =
+            (0..1024).map(|index| (index as f32 * 0.37).sin() * (1.0 + index as f32 / 100.0)).collect();
         let tensor = Tensor::from_vec(values, (2, 512), &Device::Cpu).expect("tensor");
         for (kind, theirs) in [
             (BlockKind::Q8_0, GgmlDType::Q8_0),
@@ -167,7 +178,10 @@ mod tests {
             let mut found = vec![0.0; 1024];
             dequantize(kind, &bytes, &mut found);
             for (index, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
-                assert!((found - wanted).abs() <= 1e-5 * wanted.abs().max(1.0), "{kind:?} {index}: {found} {wanted}");
+                assert!(
+                    (found - wanted).abs() <= 1e-5 * wanted.abs().max(1.0),
+                    "{kind:?} {index}: {found} {wanted}"
+                );
             }
         }
     }

@@ -5,8 +5,8 @@ mod common;
 use common::Tensor;
 use engine::compile::Precision;
 use engine::{
-    ChatMessage, CompileError, CompileOptions, FinishReason, GenerateOptions, Generation, Generator, ModelError, Prompt,
-    compile_folder,
+    ChatMessage, CompileError, CompileOptions, FinishReason, GenerateOptions, Generation, Generator,
+    ModelError, Prompt, compile_folder,
 };
 use serde_json::{Value, json};
 use shm_layout::image::{HeapImage, Task};
@@ -62,7 +62,9 @@ fn ids(value: &Value) -> Vec<u32> {
 fn chat(value: &Value) -> Vec<ChatMessage> {
     let text = |message: &Value, field: &str| message[field].as_str().expect("text").to_owned();
     let messages = value.as_array().expect("messages").iter();
-    messages.map(|message| ChatMessage { role: text(message, "role"), content: text(message, "content") }).collect()
+    messages
+        .map(|message| ChatMessage { role: text(message, "role"), content: text(message, "content") })
+        .collect()
 }
 
 /// Steps until all are done; gives the pieces of text of each.
@@ -85,7 +87,8 @@ fn tokens_and_texts_are_those_of_transformers() {
         let expected = expected(name);
         for case in expected["cases"].as_array().expect("cases") {
             let prompt = case["prompt"].as_str().expect("prompt");
-            let answer = generator.generate(&Prompt::Text(prompt), &options(&case["options"])).expect("generates");
+            let answer =
+                generator.generate(&Prompt::Text(prompt), &options(&case["options"])).expect("generates");
             assert_eq!(answer.prompt_tokens, ids(&case["prompt_ids"]).len(), "{name}: {prompt:?}");
             assert_eq!(answer.token_ids, ids(&case["ids"]), "{name}: {prompt:?} {}", case["options"]);
             assert_eq!(answer.text, case["text"].as_str().expect("text"), "{name}: {prompt:?}");
@@ -94,8 +97,58 @@ fn tokens_and_texts_are_those_of_transformers() {
 }
 
 #[test]
+fn gguf_files_give_the_tokens_of_their_weights_dequantised() {
+    for name in ["gguf_qwen3", "gguf_llama"] {
+        let generator = generator(name);
+        for case in expected(name)["cases"].as_array().expect("cases") {
+            let prompt = case["prompt"].as_str().expect("prompt");
+            let answer =
+                generator.generate(&Prompt::Text(prompt), &options(&case["options"])).expect("generates");
+            assert_eq!(answer.prompt_tokens, ids(&case["prompt_ids"]).len(), "{name}: {prompt:?}");
+            assert_eq!(answer.token_ids, ids(&case["ids"]), "{name}: {prompt:?}");
+            assert_eq!(answer.text, case["text"].as_str().expect("text"), "{name}: {prompt:?}");
+        }
+        let image = compile(&stored(name), Precision::Bf16).expect("compiles");
+        let checked = shm_layout::image::CheckedImage::new(&image).expect("an image");
+        let blocks = checked.tensors().filter(|tensor| tensor.dtype == shm_layout::image::DType::Blocks);
+        assert!(blocks.count() >= 8, "{name}: blocks were not kept");
+    }
+    assert!(generator("gguf_qwen3").info().has_chat_template);
+}
+
+#[test]
+fn spoiled_gguf_files_are_refused_by_name() {
+    let copied = copy("gguf_qwen3");
+    let path = copied.path().join("model.gguf");
+    let good = std::fs::read(&path).expect("read");
+    let error = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).expect("write");
+        compile(copied.path(), Precision::F32).expect_err("spoiled").to_string()
+    };
+    assert!(error(&good[..good.len() / 2]).contains("model.gguf"));
+    assert!(error(b"GGUF").contains("model.gguf"));
+    let replaced = |from: &str, to: &str| {
+        let at = good.windows(from.len()).position(|window| window == from.as_bytes()).expect("there");
+        let mut bytes = good.clone();
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        error(&bytes)
+    };
+    assert!(replaced("blk.1.attn_k.weight", "blk.1.attn_x.weight").contains("k_proj"));
+    // A scale that is not a number: the last tensor's last block.
+    let mut bytes = good.clone();
+    let at = bytes.len() - 34;
+    let text = String::from_utf8_lossy(&good);
+    assert!(text.contains("general.architecture"));
+    bytes[at..].chunks_exact_mut(34).for_each(|block| block[..2].copy_from_slice(&[0xff, 0x7f]));
+    assert!(error(&bytes).contains("finite"));
+    std::fs::write(copied.path().join("other.gguf"), &good).expect("write");
+    assert!(error(&good).contains("more than one"));
+}
+
+#[test]
 fn company_changes_no_answer_and_pieces_make_up_the_text() {
-    let lower = ["t5_gated", "qwen3"].into_iter().flat_map(|name| [(name, Precision::Bf16), (name, Precision::Int8)]);
+    let lower =
+        ["t5_gated", "qwen3"].into_iter().flat_map(|name| [(name, Precision::Bf16), (name, Precision::Int8)]);
     for (name, precision) in GENERATORS.map(|name| (name, Precision::F32)).into_iter().chain(lower) {
         let generator = load(&stored(name), precision);
         let expected = expected(name);
@@ -119,7 +172,11 @@ fn company_changes_no_answer_and_pieces_make_up_the_text() {
         let pieces = run(&generator, &mut together);
         for (((prompt, options), generation), pieces) in cases.iter().zip(&together).zip(pieces) {
             let alone = generator.generate(&Prompt::Text(prompt), options).expect("generates");
-            assert_eq!(generation.token_ids(), alone.token_ids, "{name} {precision:?}: {prompt:?} {options:?}");
+            assert_eq!(
+                generation.token_ids(),
+                alone.token_ids,
+                "{name} {precision:?}: {prompt:?} {options:?}"
+            );
             assert_eq!(pieces.concat(), alone.text, "{name} {precision:?}: {prompt:?}");
             assert_eq!(generation.finish_reason(), Some(alone.finish_reason));
         }
@@ -158,14 +215,16 @@ fn chats_are_rendered_and_tokenized_as_by_transformers() {
 fn drawing_depends_on_the_seed_alone() {
     let generator = generator("llama");
     let draw = |seed: u64| {
-        let options = GenerateOptions { do_sample: true, seed, temperature: 1.5, ..GenerateOptions::default() };
+        let options =
+            GenerateOptions { do_sample: true, seed, temperature: 1.5, ..GenerateOptions::default() };
         generator.generate(&Prompt::Text("Numbers like"), &options).expect("generates").token_ids
     };
     assert_eq!(draw(1), draw(1));
     assert_ne!(draw(1), draw(2));
     let narrow = GenerateOptions { do_sample: true, top_k: 1, ..GenerateOptions::default() };
     let greedy = GenerateOptions::default();
-    let answer = |options: &GenerateOptions| generator.generate(&Prompt::Text("a b"), options).expect("generates");
+    let answer =
+        |options: &GenerateOptions| generator.generate(&Prompt::Text("a b"), options).expect("generates");
     assert_eq!(answer(&narrow), answer(&greedy));
 }
 
@@ -199,7 +258,11 @@ fn long_prompts_are_computed_in_slices_and_cut_or_refused() {
     let long = "Models of language ".repeat(20);
     let options = GenerateOptions { max_output_tokens: 3, ..GenerateOptions::default() };
     let mut generation = chat.begin(&Prompt::Text(&long), &options).expect("begins");
-    assert!(generation.prompt_tokens() > engine::generate::MAX_STEP_PROMPT_TOKENS, "{}", generation.prompt_tokens());
+    assert!(
+        generation.prompt_tokens() > engine::generate::MAX_STEP_PROMPT_TOKENS,
+        "{}",
+        generation.prompt_tokens()
+    );
     assert!(generation.kv_bytes() > 0);
     chat.step(&mut [&mut generation]).expect("steps");
     assert_eq!(generation.output_tokens(), 0);
@@ -330,7 +393,8 @@ fn configs_that_lie_are_refused_by_name() {
         assert!(error.contains(field), "{name}, {field} = {value}: {error}");
     }
     let copied = copy("t5_tied");
-    std::fs::write(copied.path().join("generation_config.json"), r#"{"forced_bos_token_id": 3}"#).expect("write");
+    std::fs::write(copied.path().join("generation_config.json"), r#"{"forced_bos_token_id": 3}"#)
+        .expect("write");
     let error = compile(copied.path(), Precision::F32).expect_err("forced").to_string();
     assert!(error.contains("forced_bos_token_id"), "{error}");
 }
@@ -345,7 +409,8 @@ fn weights_that_are_missing_wrong_or_not_finite_are_refused_by_name() {
         write_tensors(&path, &tensors);
         compile(copied.path(), Precision::F32).expect_err("spoiled").to_string()
     };
-    let error = spoil(|tensors| tensors.retain(|tensor| tensor.0 != "model.layers.1.self_attn.k_proj.weight"));
+    let error =
+        spoil(|tensors| tensors.retain(|tensor| tensor.0 != "model.layers.1.self_attn.k_proj.weight"));
     assert!(error.contains("layers.1.self_attn.k_proj"), "{error}");
     let error = spoil(|tensors| {
         let norm = tensors.iter_mut().find(|tensor| tensor.0 == "model.norm.weight").expect("there");
@@ -353,7 +418,8 @@ fn weights_that_are_missing_wrong_or_not_finite_are_refused_by_name() {
     });
     assert!(error.contains("model.norm.weight") && error.contains("shape"), "{error}");
     let error = spoil(|tensors| {
-        let down = tensors.iter_mut().find(|tensor| tensor.0.contains("layers.0.mlp.down_proj")).expect("there");
+        let down =
+            tensors.iter_mut().find(|tensor| tensor.0.contains("layers.0.mlp.down_proj")).expect("there");
         down.3[40..44].copy_from_slice(&f32::NAN.to_le_bytes());
     });
     assert!(error.contains("down_proj") && error.contains("finite"), "{error}");
@@ -399,7 +465,8 @@ fn bf16_agrees_on_first_tokens() {
         let expected = expected(name);
         let cases = expected["cases"].as_array().expect("cases");
         let generator = load(&stored(name), Precision::Bf16);
-        let greedy: Vec<&Value> = cases.iter().filter(|case| case["options"].get("num_beams").is_none()).collect();
+        let greedy: Vec<&Value> =
+            cases.iter().filter(|case| case["options"].get("num_beams").is_none()).collect();
         let agree = greedy.iter().filter(|case| {
             let mut options = options(&case["options"]);
             options.max_output_tokens = options.min_output_tokens.max(1);

@@ -17,7 +17,12 @@ use shm_layout::image::{DType, Pooling, SectionKind};
 /// Largest tokenizer_config.json, bytes: Llama 3's lists 256 special tokens.
 const MAX_TOKENIZER_CONFIG_BYTES: u64 = 4 << 20;
 /// Tensors that checkpoints may carry and generating never uses: buffers.
-const UNUSED: [&str; 4] = ["rope_freqs.weight", "rotary_emb.inv_freq", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
+const UNUSED: [&str; 4] = [
+    "rope_freqs.weight",
+    "rotary_emb.inv_freq",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+];
 
 /// The small files of a generator, from a folder or from the metadata of a GGUF file.
 pub(super) struct GeneratorFiles {
@@ -68,7 +73,8 @@ pub(super) fn plan_image(
     let tokenizer = tokenizer_check::clean_with_decoder(&files.tokenizer, config.vocab_size)
         .map_err(|reason| CompileError::Tokenizer { reason })?;
     // Loads it once, in this process that may die, so that no image holds a tokenizer that does not load.
-    Words::new(&tokenizer, config.vocab_size).map_err(|error| CompileError::Tokenizer { reason: error.to_string() })?;
+    Words::new(&tokenizer, config.vocab_size)
+        .map_err(|error| CompileError::Tokenizer { reason: error.to_string() })?;
     if let Some(template) = &files.template {
         check_template(template)
             .map_err(|reason| CompileError::Json { name: "chat template".into(), reason })?;
@@ -178,7 +184,12 @@ impl Finder<'_> {
         self.packed(name, found, precision)
     }
 
-    fn blocks(&mut self, name: &str, kind: BlockKind, source: (String, SourceTensor)) -> Result<(), CompileError> {
+    fn blocks(
+        &mut self,
+        name: &str,
+        kind: BlockKind,
+        source: (String, SourceTensor),
+    ) -> Result<(), CompileError> {
         let (outputs, inputs) = (source.1.shape[0], source.1.shape[1]);
         let row_bytes = kind.row_bytes(inputs as usize).ok_or_else(|| CompileError::TensorDtype {
             name: source.0.clone(),
@@ -213,9 +224,21 @@ impl Finder<'_> {
         }
         let mut add = |suffix: &str, dtype: DType, shape: Vec<u64>, make: Make| {
             let name = format!("{name}.{suffix}");
-            self.planned.push(PlannedTensor { name, dtype, shape, make, sources: sources.clone(), offset: 0 });
+            self.planned.push(PlannedTensor {
+                name,
+                dtype,
+                shape,
+                make,
+                sources: sources.clone(),
+                offset: 0,
+            });
         };
-        add("weight", precision.dtype(), precision.matrix_shape(inputs, rows).to_vec(), Make::Pack(precision));
+        add(
+            "weight",
+            precision.dtype(),
+            precision.matrix_shape(inputs, rows).to_vec(),
+            Make::Pack(precision),
+        );
         if precision == Precision::Int8 {
             add("scales", DType::F32, vec![rows], Make::Scales);
             add("sums", DType::F32, vec![rows], Make::Sums);
@@ -274,7 +297,12 @@ impl Finder<'_> {
         self.vector("norm", "model.norm.weight", &[width])
     }
 
-    fn t5(&mut self, config: &GeneratorConfig, encoder_layers: usize, buckets: usize) -> Result<(), CompileError> {
+    fn t5(
+        &mut self,
+        config: &GeneratorConfig,
+        encoder_layers: usize,
+        buckets: usize,
+    ) -> Result<(), CompileError> {
         let GeneratorConfig { width, wide, .. } = *config;
         let inner = config.heads * config.head_dim;
         self.tables("shared.weight", config)?;
@@ -283,23 +311,27 @@ impl Finder<'_> {
             let bias = format!("{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight");
             self.vector(&format!("{side}.bias"), &bias, &[buckets, config.heads])?;
             for layer in 0..layers {
-                let from = |index: usize, part: &str| format!("{side}.block.{layer}.layer.{index}.{part}.weight");
+                let from =
+                    |index: usize, part: &str| format!("{side}.block.{layer}.layer.{index}.{part}.weight");
                 let to = |part: &str| format!("{side}.layer.{layer}.{part}");
                 self.vector(&to("norm"), &from(0, "layer_norm"), &[width])?;
-                let qkv = ["q", "k", "v"].map(|part| (part, from(0, &format!("SelfAttention.{part}")), inner));
+                let qkv =
+                    ["q", "k", "v"].map(|part| (part, from(0, &format!("SelfAttention.{part}")), inner));
                 self.matrices(&to("qkv"), &qkv, width, self.precision)?;
                 self.matrix(&to("output"), &from(0, "SelfAttention.o"), (width, inner))?;
                 if is_decoder {
                     self.vector(&to("cross.norm"), &from(1, "layer_norm"), &[width])?;
                     self.matrix(&to("cross.q"), &from(1, "EncDecAttention.q"), (inner, width))?;
-                    let kv = ["k", "v"].map(|part| (part, from(1, &format!("EncDecAttention.{part}")), inner));
+                    let kv =
+                        ["k", "v"].map(|part| (part, from(1, &format!("EncDecAttention.{part}")), inner));
                     self.matrices(&to("cross.kv"), &kv, width, self.precision)?;
                     self.matrix(&to("cross.output"), &from(1, "EncDecAttention.o"), (width, inner))?;
                 }
                 let last = if is_decoder { 2 } else { 1 };
                 self.vector(&to("wide_norm"), &from(last, "layer_norm"), &[width])?;
                 let plain = [("up", from(last, "DenseReluDense.wi"), wide)];
-                let gated = ["wi_0", "wi_1"].map(|part| (part, from(last, &format!("DenseReluDense.{part}")), wide));
+                let gated =
+                    ["wi_0", "wi_1"].map(|part| (part, from(last, &format!("DenseReluDense.{part}")), wide));
                 let up = if config.feed == Feed::Relu { &plain[..] } else { &gated[..] };
                 self.matrices(&to("up"), up, width, self.precision)?;
                 self.matrix(&to("down"), &from(last, "DenseReluDense.wo"), (width, wide))?;

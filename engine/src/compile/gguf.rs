@@ -249,7 +249,9 @@ fn tensor(reader: &mut Reader<'_>) -> Result<Found, Fault> {
     let shown = shorten(name);
     let dimensions = reader.u32()?;
     if dimensions == 0 || dimensions > MAX_DIMENSIONS {
-        return wrong(format!("tensor {shown:?} has {dimensions} dimensions, 1 to {MAX_DIMENSIONS} are read"));
+        return wrong(format!(
+            "tensor {shown:?} has {dimensions} dimensions, 1 to {MAX_DIMENSIONS} are read"
+        ));
     }
     let mut shape = (0..dimensions).map(|_| reader.u64()).collect::<Result<Vec<_>, _>>()?;
     if shape.iter().any(|size| *size == 0 || *size > MAX_DIMENSION) {
@@ -261,7 +263,9 @@ fn tensor(reader: &mut Reader<'_>) -> Result<Found, Fault> {
     };
     let count = shape.iter().try_fold(1u64, |product, size| product.checked_mul(*size));
     // The innermost dimension comes first in the file; blocks run along it.
-    let len = count.filter(|_| shape[0].is_multiple_of(elements)).and_then(|count| (count / elements).checked_mul(bytes));
+    let len = count
+        .filter(|_| shape[0].is_multiple_of(elements))
+        .and_then(|count| (count / elements).checked_mul(bytes));
     let Some(len) = len else {
         return wrong(format!("tensor {shown:?} of shape {shape:?} is no whole number of {dtype} blocks"));
     };
@@ -355,7 +359,11 @@ pub(crate) fn checkpoint(file: SourceFile, header: &Header) -> Result<Checkpoint
             let supported = SUPPORTED.join(", ");
             return Err(CompileError::File {
                 name: file.name().to_owned(),
-                reason: format!("tensor {:?} has type {}, supported are {supported}", shorten(name), tensor.dtype),
+                reason: format!(
+                    "tensor {:?} has type {}, supported are {supported}",
+                    shorten(name),
+                    tensor.dtype
+                ),
             });
         }
         tensors.insert(renamed(name), tensor.clone());

@@ -3,8 +3,8 @@
 
 use super::error::CompileError;
 use super::folder::SourceFile;
-use super::gguf::{Header, Meta};
 use super::generator::GeneratorFiles;
+use super::gguf::{Header, Meta};
 use crate::json::shorten;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -91,7 +91,8 @@ pub(super) fn read(
 fn config(metadata: &Metadata<'_>, file: &SourceFile) -> Result<Value, CompileError> {
     let kind = metadata.text("general.architecture")?;
     if !matches!(kind, "llama" | "qwen3") {
-        let reason = format!("general.architecture {:?} is not supported; llama and qwen3 are", shorten(kind));
+        let reason =
+            format!("general.architecture {:?} is not supported; llama and qwen3 are", shorten(kind));
         return Err(metadata.bad(reason));
     }
     let key = |name: &str| format!("{kind}.{name}");
@@ -104,7 +105,8 @@ fn config(metadata: &Metadata<'_>, file: &SourceFile) -> Result<Value, CompileEr
     if let Some(Meta::Text(scaling)) = metadata.get(&key("rope.scaling.type"))
         && scaling != "none"
     {
-        let reason = format!("{} is {:?}; only none is supported", key("rope.scaling.type"), shorten(scaling));
+        let reason =
+            format!("{} is {:?}; only none is supported", key("rope.scaling.type"), shorten(scaling));
         return Err(metadata.bad(reason));
     }
     let mut config = json!({"model_type": kind, "hidden_act": "silu", "rope_neighbours": kind == "llama"});
@@ -134,10 +136,11 @@ fn config(metadata: &Metadata<'_>, file: &SourceFile) -> Result<Value, CompileEr
     {
         return Err(metadata.bad(format!("{} must be the whole head", key("rope.dimension_count"))));
     }
-    config["vocab_size"] = match metadata.header.tensors.get("token_embd.weight").map(|tensor| &tensor.shape[..]) {
-        Some([rows, _]) => json!(rows),
-        _ => return Err(metadata.bad("has no matrix token_embd.weight".into())),
-    };
+    config["vocab_size"] =
+        match metadata.header.tensors.get("token_embd.weight").map(|tensor| &tensor.shape[..]) {
+            Some([rows, _]) => json!(rows),
+            _ => return Err(metadata.bad("has no matrix token_embd.weight".into())),
+        };
     config["tie_word_embeddings"] = json!(!metadata.header.tensors.contains_key("output.weight"));
     let ends: Vec<Value> = ["eos_token_id", "eot_token_id", "eom_token_id"]
         .iter()
@@ -192,7 +195,9 @@ fn tokenizer(metadata: &Metadata<'_>) -> Result<Value, CompileError> {
     let kinds: &[i64] = match metadata.get("tokenizer.ggml.token_type") {
         Some(Meta::Integers(kinds)) if kinds.len() == tokens.len() => kinds,
         None => &[],
-        Some(_) => return Err(metadata.bad("tokenizer.ggml.token_type is not one number for each token".into())),
+        Some(_) => {
+            return Err(metadata.bad("tokenizer.ggml.token_type is not one number for each token".into()));
+        }
     };
     let vocab: serde_json::Map<String, Value> =
         tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
@@ -225,13 +230,17 @@ fn tokenizer(metadata: &Metadata<'_>) -> Result<Value, CompileError> {
         "gpt2" => byte_level(metadata, vocab)?,
         "llama" => sentence_piece(metadata, tokens, vocab)?,
         other => {
-            let reason =
-                format!("tokenizer.ggml.model {:?} is not supported; put a tokenizer.json beside the file", shorten(other));
+            let reason = format!(
+                "tokenizer.ggml.model {:?} is not supported; put a tokenizer.json beside the file",
+                shorten(other)
+            );
             return Err(metadata.bad(reason));
         }
     };
-    Ok(json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": normalizer,
-              "pre_tokenizer": pre, "post_processor": post, "decoder": decoder, "model": model}))
+    Ok(
+        json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": normalizer,
+              "pre_tokenizer": pre, "post_processor": post, "decoder": decoder, "model": model}),
+    )
 }
 
 /// Normalizer, pre-tokenizer, decoder and model.
@@ -247,14 +256,14 @@ fn byte_level(metadata: &Metadata<'_>, vocab: serde_json::Map<String, Value>) ->
         "qwen2" => (Some(QWEN2_SPLIT), json!({"type": "NFC"})),
         "gpt-2" | "default" => (None, Value::Null),
         other => {
-            let reason =
-                format!("tokenizer.ggml.pre {:?} is not supported; put a tokenizer.json beside the file", shorten(other));
+            let reason = format!(
+                "tokenizer.ggml.pre {:?} is not supported; put a tokenizer.json beside the file",
+                shorten(other)
+            );
             return Err(metadata.bad(reason));
         }
     };
-    let bytes = |uses_own: bool| {
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": uses_own})
-    };
+    let bytes = |uses_own: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": uses_own});
     let pre = match split {
         None => bytes(true),
         Some(split) => json!({"type": "Sequence", "pretokenizers": [
@@ -277,7 +286,8 @@ fn sentence_piece(
         Some(Meta::Floats(scores)) if scores.len() == tokens.len() => scores,
         _ => return Err(metadata.bad("tokenizer.ggml.scores is not one number for each token".into())),
     };
-    let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
+    let ids: HashMap<&str, usize> =
+        tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
     let mut merges: Vec<(f32, usize, usize, usize, usize)> = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
         if token.chars().count() > MAX_MERGED_TOKEN_CHARS {
@@ -285,7 +295,13 @@ fn sentence_piece(
         }
         for (at, _) in token.char_indices().skip(1) {
             if let (Some(left), Some(right)) = (ids.get(&token[..at]), ids.get(&token[at..])) {
-                merges.push((scores[id], *left, *right, token[..at].chars().count(), token[at..].chars().count()));
+                merges.push((
+                    scores[id],
+                    *left,
+                    *right,
+                    token[..at].chars().count(),
+                    token[at..].chars().count(),
+                ));
             }
         }
     }

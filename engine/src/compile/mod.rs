@@ -211,9 +211,10 @@ fn gguf_plan(
     name: &str,
     options: &CompileOptions,
 ) -> Result<(plan::Plan, Checkpoint), CompileError> {
-    let file = folder
-        .file(name)?
-        .ok_or_else(|| CompileError::Missing { name: name.to_owned(), fix: "put the file back and try again" })?;
+    let file = folder.file(name)?.ok_or_else(|| CompileError::Missing {
+        name: name.to_owned(),
+        fix: "put the file back and try again",
+    })?;
     let header = gguf::read(&file)?;
     let beside = folder.read("tokenizer.json", tokenizer_check::MAX_TOKENIZER_BYTES)?;
     let files = gguf_files::read(&file, &header, beside)?;

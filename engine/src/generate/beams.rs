@@ -85,9 +85,10 @@ impl Beams {
             ids.push((index % vocab) as u32);
             ids
         };
-        let open = top.iter().enumerate().map(|(place, (score, index))| {
-            (if ends(*index) { score + IMPOSSIBLE } else { *score }, place)
-        });
+        let open = top
+            .iter()
+            .enumerate()
+            .map(|(place, (score, index))| (if ends(*index) { score + IMPOSSIBLE } else { *score }, place));
         let next = best(open.collect(), num_beams);
         let running: Vec<(usize, Beam)> = next
             .iter()
@@ -102,7 +103,10 @@ impl Beams {
         self.running = running;
         let best_possible = self.running[0].score / (length as f32).powf(options.length_penalty);
         let worst = self.finished.iter().map(|finished| finished.score).fold(f32::INFINITY, f32::min);
-        let improves = self.finished.iter().any(|finished| best_possible > if finished.is_real { worst } else { IMPOSSIBLE });
+        let improves = self
+            .finished
+            .iter()
+            .any(|finished| best_possible > if finished.is_real { worst } else { IMPOSSIBLE });
         self.may_improve &= improves;
         let is_full = self.finished.iter().all(|finished| finished.is_real) && options.early_stopping;
         (self.may_improve && !is_full && !all_end).then_some(parents)

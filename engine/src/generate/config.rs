@@ -99,7 +99,8 @@ impl GeneratorConfig {
         for fields in [Some(&fields), generation.as_ref()].into_iter().flatten() {
             refuse_unknown_ways(fields)?;
         }
-        let ends = generation.as_ref().map(|fields| fields.ids("eos_token_id")).transpose()?.unwrap_or_default();
+        let ends =
+            generation.as_ref().map(|fields| fields.ids("eos_token_id")).transpose()?.unwrap_or_default();
         config.end_tokens = if ends.is_empty() { fields.ids("eos_token_id")? } else { ends };
         if config.end_tokens.len() > MAX_END_TOKENS {
             return Err(fields.range("eos_token_id", "too many", 0, MAX_END_TOKENS as u64));
@@ -166,10 +167,12 @@ fn t5(fields: &Fields, generation: Option<&Fields>) -> Result<GeneratorConfig, C
     }
     let start = generation.and_then(|fields| fields.0.0.get("decoder_start_token_id"));
     let start = match start {
-        Some(Value::Null) | None => fields.number("decoder_start_token_id", 0, vocab_size as u64 - 1, Some(0))?,
-        Some(_) => generation
-            .unwrap_or(fields)
-            .number("decoder_start_token_id", 0, vocab_size as u64 - 1, None)?,
+        Some(Value::Null) | None => {
+            fields.number("decoder_start_token_id", 0, vocab_size as u64 - 1, Some(0))?
+        }
+        Some(_) => {
+            generation.unwrap_or(fields).number("decoder_start_token_id", 0, vocab_size as u64 - 1, None)?
+        }
     };
     let ties = fields.flag("tie_word_embeddings", true)?;
     Ok(GeneratorConfig {
@@ -194,7 +197,12 @@ fn t5(fields: &Fields, generation: Option<&Fields>) -> Result<GeneratorConfig, C
             scales_output: fields.flag("scale_decoder_outputs", ties)?,
             start_token: start as u32,
         }),
-        max_input_tokens: fields.number("n_positions", 1, MAX_SEQUENCE_TOKENS as u64, Some(T5_INPUT_TOKENS as u64))?,
+        max_input_tokens: fields.number(
+            "n_positions",
+            1,
+            MAX_SEQUENCE_TOKENS as u64,
+            Some(T5_INPUT_TOKENS as u64),
+        )?,
         max_total_tokens: T5_OUTPUT_TOKENS,
         end_tokens: Vec::new(),
     })
@@ -207,7 +215,9 @@ fn causal(fields: &Fields, family: Family) -> Result<GeneratorConfig, ConfigErro
         }
     }
     let layer_types = fields.0.0.get("layer_types").and_then(Value::as_array);
-    if let Some(other) = layer_types.into_iter().flatten().find(|kind| kind.as_str() != Some("full_attention")) {
+    if let Some(other) =
+        layer_types.into_iter().flatten().find(|kind| kind.as_str() != Some("full_attention"))
+    {
         return Err(unsupported("layer_types", other, "only full_attention is supported"));
     }
     match fields.optional_text("hidden_act").unwrap_or("silu") {
@@ -218,7 +228,11 @@ fn causal(fields: &Fields, family: Family) -> Result<GeneratorConfig, ConfigErro
     let heads = fields.number("num_attention_heads", 1, 256, None)?;
     let kv_heads = fields.number("num_key_value_heads", 1, 256, Some(heads as u64))?;
     if !heads.is_multiple_of(kv_heads) {
-        return Err(unsupported("num_key_value_heads", &kv_heads.into(), "it must divide num_attention_heads"));
+        return Err(unsupported(
+            "num_key_value_heads",
+            &kv_heads.into(),
+            "it must divide num_attention_heads",
+        ));
     }
     let default_dim = if family == Family::Qwen3 { 128 } else { (width / heads).max(1) as u64 };
     let head_dim = fields.number("head_dim", 2, 1024, Some(default_dim.max(2)))?;
@@ -266,14 +280,20 @@ fn rope(fields: &Fields, head_dim: usize) -> Result<Rope, ConfigError> {
     let factors = match fields.0.0.get("rope_factors") {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::Array(list)) if list.len() == head_dim / 2 => {
-            let factors: Vec<f32> = list.iter().filter_map(Value::as_f64).map(|factor| factor as f32).collect();
-            match factors.len() == list.len() && factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
+            let factors: Vec<f32> =
+                list.iter().filter_map(Value::as_f64).map(|factor| factor as f32).collect();
+            match factors.len() == list.len()
+                && factors.iter().all(|factor| factor.is_finite() && *factor > 0.0)
+            {
                 true => factors,
                 false => return Err(ConfigError::Field { field: "rope_factors", wanted: "numbers above 0" }),
             }
         }
         Some(_) => {
-            return Err(ConfigError::Field { field: "rope_factors", wanted: "one number for each pair of a head" });
+            return Err(ConfigError::Field {
+                field: "rope_factors",
+                wanted: "one number for each pair of a head",
+            });
         }
     };
     let Some(map) = scaling else { return Ok(Rope { theta, llama3: None, neighbours, factors }) };
@@ -295,7 +315,10 @@ fn rope(fields: &Fields, head_dim: usize) -> Result<Rope, ConfigError> {
                 original_tokens: read("original_max_position_embeddings")?,
             };
             if scaled.high <= scaled.low {
-                return Err(bad(&Value::Object(map.clone()), "high_freq_factor must be above low_freq_factor"));
+                return Err(bad(
+                    &Value::Object(map.clone()),
+                    "high_freq_factor must be above low_freq_factor",
+                ));
             }
             Some(scaled)
         }

@@ -25,7 +25,9 @@ impl KvShare {
         let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= MAX_KV_BYTES);
         match KV_IN_USE.try_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
             Ok(_) => Ok(KvShare { bytes }),
-            Err(used) => Err(ModelError::KvMemory { needed_bytes: bytes, used_bytes: used, max_bytes: MAX_KV_BYTES }),
+            Err(used) => {
+                Err(ModelError::KvMemory { needed_bytes: bytes, used_bytes: used, max_bytes: MAX_KV_BYTES })
+            }
         }
     }
 }
@@ -135,9 +137,16 @@ impl Generation {
     }
 
     /// Takes the logits of the next token, `[beams, vocab]`.
-    pub(super) fn accept(&mut self, logits: &mut [f32], words: &Words, end_tokens: &[u32]) -> Result<(), ModelError> {
+    pub(super) fn accept(
+        &mut self,
+        logits: &mut [f32],
+        words: &Words,
+        end_tokens: &[u32],
+    ) -> Result<(), ModelError> {
         if !logits.iter().all(|logit| logit.is_finite()) {
-            return Err(ModelError::Compute { reason: "a logit is not finite; the answer was discarded".into() });
+            return Err(ModelError::Compute {
+                reason: "a logit is not finite; the answer was discarded".into(),
+            });
         }
         if self.checksum == 0 {
             self.checksum = logits.iter().fold(1, |sum: u64, logit| {
@@ -173,7 +182,12 @@ impl Generation {
         Ok(())
     }
 
-    fn accept_beams(&mut self, logits: &mut [f32], words: &Words, end_tokens: &[u32]) -> Result<(), ModelError> {
+    fn accept_beams(
+        &mut self,
+        logits: &mut [f32],
+        words: &Words,
+        end_tokens: &[u32],
+    ) -> Result<(), ModelError> {
         let Some(search) = &mut self.search else { return Ok(()) };
         let vocab = logits.len() / search.beams.running().len();
         for (row, beam) in logits.chunks_exact_mut(vocab).zip(search.beams.running()) {

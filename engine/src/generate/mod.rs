@@ -33,7 +33,9 @@ use crate::threads::pool;
 use beams::Beams;
 use generation::{KvShare, Phase, Search};
 use network::Network;
-use shm_layout::image::{CheckedImage, Family, ImageBytes, ImageError, SectionKind, TENSOR_ALIGN_BYTES, Task};
+use shm_layout::image::{
+    CheckedImage, Family, ImageBytes, ImageError, SectionKind, TENSOR_ALIGN_BYTES, Task,
+};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
@@ -46,6 +48,8 @@ pub const MAX_STEP_PROMPT_TOKENS: usize = 128;
 pub const MAX_STEP_GENERATIONS: usize = 32;
 /// Rows of logits that are in memory at once.
 const MAX_LOGIT_ROWS: usize = 32;
+/// Length of an image, bytes, from which on a step is computed on all threads; below it waking them costs more than they save.
+const MIN_PARALLEL_BYTES: u64 = 4 << 20;
 /// The probe's text: some words, some numbers, more than one script.
 const PROBE_TEXT: &str = "The quick brown fox jumps over 13 lazy dogs; 敏捷的棕色狐狸.";
 /// Tokens that the probe generates.
@@ -130,11 +134,15 @@ impl Generator {
         )?;
         section(SectionKind::Tokenizer, "tokenizer.json")?;
         let text = |bytes: &[u8], what: &str| {
-            std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| inconsistent(&format!("{what} is not UTF-8")))
+            std::str::from_utf8(bytes)
+                .map(str::to_owned)
+                .map_err(|_| inconsistent(&format!("{what} is not UTF-8")))
         };
         let id = text(section(SectionKind::ModelId, "model id")?, "the model id")?;
-        let template =
-            checked.section(SectionKind::ChatTemplate).map(|bytes| text(bytes, "the chat template")).transpose()?;
+        let template = checked
+            .section(SectionKind::ChatTemplate)
+            .map(|bytes| text(bytes, "the chat template"))
+            .transpose()?;
         let tokens = TokenNames::of(checked.section(SectionKind::TokenizerConfig));
         let header = checked.header().values();
         let agrees = config.family == header.family
@@ -278,7 +286,7 @@ impl Generator {
         }
         let words = self.words()?;
         for batch in batch.chunks_mut(MAX_STEP_GENERATIONS) {
-            pool().run_alone(true, |threads| {
+            pool().run_alone(self.info.image_bytes >= MIN_PARALLEL_BYTES, |threads| {
                 let spent = self.encode(threads, batch)?;
                 self.decode(threads, batch, words, MAX_STEP_PROMPT_TOKENS.saturating_sub(spent))
             })?;
@@ -342,7 +350,8 @@ impl Generator {
 
     /// The decoder's keys and values of what the encoder gave.
     fn finish_encoding(&self, threads: usize, generation: &mut Generation) -> Result<(), ModelError> {
-        let (Phase::Encode { hidden, .. }, Some(encoder)) = (&mut generation.phase, &self.network.encoder) else {
+        let (Phase::Encode { hidden, .. }, Some(encoder)) = (&mut generation.phase, &self.network.encoder)
+        else {
             return Ok(());
         };
         for row in hidden.chunks_exact_mut(self.network.config.width) {
@@ -382,7 +391,8 @@ impl Generator {
         budget: usize,
     ) -> Result<(), ModelError> {
         let network = &self.network;
-        let mut rows = Rows { network, left: budget, hidden: Vec::new(), angles: Vec::new(), rows: Vec::new() };
+        let mut rows =
+            Rows { network, left: budget, hidden: Vec::new(), angles: Vec::new(), rows: Vec::new() };
         // Of each answer that gets logits: its index, and its rows.
         let mut wanted = Vec::new();
         let mut kept = Vec::with_capacity(batch.len());
@@ -411,7 +421,9 @@ impl Generator {
                         }
                         Some(search) => {
                             for (beam, slots) in search.beams.running().iter().zip(&search.slots) {
-                                let (Some(last), Some(slot)) = (beam.ids.last(), slots.last()) else { continue };
+                                let (Some(last), Some(slot)) = (beam.ids.last(), slots.last()) else {
+                                    continue;
+                                };
                                 let position = slots.len() - 1;
                                 rows.add(*last, sequence, *slot as usize, position, Sees::Slots(slots))?;
                             }

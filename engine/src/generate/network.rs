@@ -104,7 +104,12 @@ impl Stack {
 
     /// What is added to scores for distances `key − query` of `−before ..= after`, `[heads, before + 1 + after]`; the bucket
     /// of a distance is that of T5 (`_relative_position_bucket` of transformers).
-    pub(super) fn bias_of_distances(&self, t5: super::config::T5Parts, before: usize, after: usize) -> Option<Vec<f32>> {
+    pub(super) fn bias_of_distances(
+        &self,
+        t5: super::config::T5Parts,
+        before: usize,
+        after: usize,
+    ) -> Option<Vec<f32>> {
         let table = self.distance_bias.as_ref()?.floats();
         let (heads, span) = (self.shape.heads, before + 1 + after);
         let mut values = vec![0.0; heads * span];
@@ -187,7 +192,8 @@ impl Network {
         };
         let prefix = if config.t5.is_some() { "decoder." } else { "" };
         let decoder = finder.stack(prefix, config.layers, shape, &config, false)?;
-        let frequencies = config.rope.as_ref().map_or_else(Vec::new, |rope| frequencies(rope, config.head_dim));
+        let frequencies =
+            config.rope.as_ref().map_or_else(Vec::new, |rope| frequencies(rope, config.head_dim));
         Ok(Network { config, embeddings, output, encoder, decoder, frequencies })
     }
 
@@ -245,12 +251,15 @@ impl Finder<'_> {
     /// Whether there is a matrix of this name.
     fn has(&self, name: &str) -> bool {
         self.image.tensor(&format!("{name}.weight")).is_some()
-            || BlockKind::ALL.iter().any(|kind| self.image.tensor(&format!("{name}.{}", kind.name())).is_some())
+            || BlockKind::ALL
+                .iter()
+                .any(|kind| self.image.tensor(&format!("{name}.{}", kind.name())).is_some())
     }
 
     fn tensor(&self, name: &str, dtype: DType, shape: &[u64]) -> Result<WeightSlice, ModelError> {
         let inconsistent = |what: String| ModelError::Inconsistent { what };
-        let view = self.image.tensor(name).ok_or_else(|| inconsistent(format!("tensor {name:?} is missing")))?;
+        let view =
+            self.image.tensor(name).ok_or_else(|| inconsistent(format!("tensor {name:?} is missing")))?;
         if view.shape() != shape || view.dtype != dtype {
             let found = view.shape();
             return Err(inconsistent(format!(
@@ -280,7 +289,15 @@ impl Finder<'_> {
         if let Some((kind, name)) = found {
             let row_bytes = kind.row_bytes(inputs).unwrap_or(0) as u64;
             let bytes = self.tensor(&name, DType::Blocks, &[outputs as u64, row_bytes])?;
-            return Ok(Weights { bytes, scales: None, sums: None, blocks: Some(kind), precision, inputs, outputs });
+            return Ok(Weights {
+                bytes,
+                scales: None,
+                sums: None,
+                blocks: Some(kind),
+                precision,
+                inputs,
+                outputs,
+            });
         }
         let per_output = |part: &str| match precision {
             Precision::Int8 => self.floats(&format!("{name}.{part}"), &[outputs]).map(Some),
@@ -299,14 +316,19 @@ impl Finder<'_> {
     }
 
     /// Matrices that read the same input: one of all outputs, or one each.
-    fn matrices(&self, name: &str, inputs: usize, parts: &[(&str, usize)]) -> Result<Vec<Weights>, ModelError> {
+    fn matrices(
+        &self,
+        name: &str,
+        inputs: usize,
+        parts: &[(&str, usize)],
+    ) -> Result<Vec<Weights>, ModelError> {
         let outputs = parts.iter().map(|(_, outputs)| outputs).sum();
         if parts.len() == 1 || self.has(name) {
             return Ok(vec![self.matrix(name, inputs, outputs, self.precision)?]);
         }
-        let each = parts.iter().map(|(part, outputs)| {
-            self.matrix(&format!("{name}.{part}"), inputs, *outputs, self.precision)
-        });
+        let each = parts
+            .iter()
+            .map(|(part, outputs)| self.matrix(&format!("{name}.{part}"), inputs, *outputs, self.precision));
         each.collect()
     }
 

@@ -92,7 +92,9 @@ impl GenerateOptions {
     /// # Errors
     /// [`ModelError::Option`] naming the field, its value and what is allowed.
     pub fn check(&self) -> Result<(), ModelError> {
-        let bad = |field: &'static str, value: String, allowed: String| Err(ModelError::Option { field, value, allowed });
+        let bad = |field: &'static str, value: String, allowed: String| {
+            Err(ModelError::Option { field, value, allowed })
+        };
         let counts = [
             ("max_input_tokens", self.max_input_tokens.unwrap_or(1), 1, MAX_OUTPUT_TOKENS),
             ("max_output_tokens", self.max_output_tokens, 1, MAX_OUTPUT_TOKENS),
@@ -120,7 +122,11 @@ impl GenerateOptions {
             }
         }
         if let Some(stop) = self.stop.iter().find(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
-            return bad("stop", format!("a string of {} bytes", stop.len()), format!("1 to {MAX_STOP_BYTES} bytes"));
+            return bad(
+                "stop",
+                format!("a string of {} bytes", stop.len()),
+                format!("1 to {MAX_STOP_BYTES} bytes"),
+            );
         }
         if self.num_beams > 1 && self.do_sample {
             return bad("do_sample", "true".into(), "false with num_beams above 1".into());

@@ -37,7 +37,8 @@ pub(super) struct TokenNames(Vec<(&'static str, String)>);
 impl TokenNames {
     /// Those of a tokenizer_config.json; what can't be read names none.
     pub(super) fn of(tokenizer_config: Option<&[u8]>) -> TokenNames {
-        let parsed = tokenizer_config.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(bytes).ok());
+        let parsed =
+            tokenizer_config.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(bytes).ok());
         let names = TOKEN_NAMES.into_iter().filter_map(|name| {
             let value = parsed.as_ref()?.get(name)?;
             let token = value.as_str().or_else(|| value.get("content")?.as_str())?;
@@ -55,7 +56,8 @@ pub(crate) fn template_of(tokenizer_config: &[u8]) -> Result<Option<String>, Str
     let parsed: serde_json::Value =
         serde_json::from_slice(tokenizer_config).map_err(|error| shorten(&error.to_string()))?;
     let named = |list: &Vec<serde_json::Value>| {
-        let found = list.iter().find(|entry| entry.get("name").and_then(|name| name.as_str()) == Some("default"))?;
+        let found =
+            list.iter().find(|entry| entry.get("name").and_then(|name| name.as_str()) == Some("default"))?;
         found.get("template")?.as_str().map(str::to_owned)
     };
     match parsed.get("chat_template") {
@@ -103,8 +105,7 @@ pub(super) fn render(
     }
     let template = without_generation_blocks(template);
     let mut environment = environment(now);
-    environment
-        .set_fuel(Some(MAX_TEMPLATE_STEPS + MAX_TEMPLATE_STEPS_PER_MESSAGE * messages.len() as u64));
+    environment.set_fuel(Some(MAX_TEMPLATE_STEPS + MAX_TEMPLATE_STEPS_PER_MESSAGE * messages.len() as u64));
     let list: Vec<Value> = messages
         .iter()
         .map(|message| context! { role => message.role.as_str(), content => message.content.as_str() })
@@ -182,7 +183,8 @@ fn without_generation_blocks(template: &str) -> String {
         let (before, tag) = rest.split_at(start);
         let Some(end) = tag.find("%}") else { break };
         let (tag, behind) = tag.split_at(end);
-        let name = tag[2..].trim_matches(|letter: char| letter.is_whitespace() || letter == '-' || letter == '+');
+        let name =
+            tag[2..].trim_matches(|letter: char| letter.is_whitespace() || letter == '-' || letter == '+');
         out.push_str(before);
         match name {
             "generation" => out.push_str(&tag.replace(name, "if true")),
@@ -211,7 +213,8 @@ fn to_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String)
     let quoted = |text: &str| serde_json::to_string(text).map_err(|_| bad("tojson of a broken text"));
     match value.kind() {
         ValueKind::None => out.push_str("null"),
-        ValueKind::Bool | ValueKind::Number => out.push_str(&value.to_string()),
+        ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
+        ValueKind::Number => out.push_str(&value.to_string()),
         ValueKind::String => out.push_str(&quoted(value.as_str().unwrap_or_default())?),
         ValueKind::Seq | ValueKind::Iterable => {
             out.push('[');
@@ -249,7 +252,17 @@ fn to_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String)
 /// A time in UTC by the letters of C's `strftime` that templates use.
 fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
@@ -278,7 +291,8 @@ fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
             Some('a') => out.push_str(&day_name[..3]),
             Some('%') => out.push('%'),
             other => {
-                let reason = format!("strftime_now does not know %{}", other.map_or(String::new(), String::from));
+                let reason =
+                    format!("strftime_now does not know %{}", other.map_or(String::new(), String::from));
                 return Err(Error::new(ErrorKind::InvalidOperation, reason));
             }
         }
@@ -318,7 +332,10 @@ mod tests {
                 .as_array()
                 .expect("messages")
                 .iter()
-                .map(|message| ChatMessage { role: text(&message["role"]), content: text(&message["content"]) })
+                .map(|message| ChatMessage {
+                    role: text(&message["role"]),
+                    content: text(&message["content"]),
+                })
                 .collect();
             let template = text(&case["template"]);
             check_template(&template).expect("a good template");
@@ -329,11 +346,16 @@ mod tests {
 
     #[test]
     fn dates_are_those_of_the_calendar() {
-        for (days, wanted) in [(0, (1970, 1, 1)), (59, (1970, 3, 1)), (19_782, (2024, 2, 29)), (20_778, (2026, 11, 21))] {
+        for (days, wanted) in
+            [(0, (1970, 1, 1)), (59, (1970, 3, 1)), (19_782, (2024, 2, 29)), (20_778, (2026, 11, 21))]
+        {
             assert_eq!(civil(days), wanted);
         }
         let now = UNIX_EPOCH + Duration::from_secs(20_778 * 86_400 + 3_723);
-        assert_eq!(strftime("%a %A %b %y %Y-%m-%d %H:%M:%S %%", now).expect("known"), "Sat Saturday Nov 26 2026-11-21 01:02:03 %");
+        assert_eq!(
+            strftime("%a %A %b %y %Y-%m-%d %H:%M:%S %%", now).expect("known"),
+            "Sat Saturday Nov 26 2026-11-21 01:02:03 %"
+        );
         assert!(strftime("%Q", now).is_err());
     }
 

@@ -13,8 +13,8 @@ mod tests;
 mod weights;
 
 pub(crate) use weights::{
-    CrossWeights, Dense, DistanceBias, Feed, Kept, Matrix, Mismatch, Sees, StackLayer, StackShape, StackWeights, Step,
-    StepRow,
+    CrossWeights, Dense, DistanceBias, Feed, Kept, Matrix, Mismatch, Sees, StackLayer, StackShape,
+    StackWeights, Step, StepRow,
 };
 
 use super::scratch::Place;
@@ -40,7 +40,12 @@ pub(crate) fn run_stack(
     if rows == 0 {
         return Ok(());
     }
-    let mut work = Work::take(stack.shape.precision, rows, stack.widest(), stack.shape.qkv_width().max(stack.up_width()));
+    let mut work = Work::take(
+        stack.shape.precision,
+        rows,
+        stack.widest(),
+        stack.shape.qkv_width().max(stack.up_width()),
+    );
     let caches: Vec<Place> = kept.iter_mut().map(|kept| Place::of(kept.cache)).collect();
     let places = work.places();
     let pass = Pass { stack, step, kept, caches: &caches, hidden: Place::of(hidden), work: places };
@@ -54,7 +59,12 @@ pub(crate) fn run_stack(
 ///
 /// # Errors
 /// [`Mismatch`] when lengths do not belong together.
-pub(crate) fn project(threads: usize, dense: &Dense<'_>, rows: &mut [f32], out: &mut [f32]) -> Result<(), Mismatch> {
+pub(crate) fn project(
+    threads: usize,
+    dense: &Dense<'_>,
+    rows: &mut [f32],
+    out: &mut [f32],
+) -> Result<(), Mismatch> {
     if !dense.fits() || !rows.len().is_multiple_of(dense.inputs) {
         return Err(Mismatch("a matrix has the wrong length"));
     }
@@ -71,7 +81,12 @@ pub(crate) fn project(threads: usize, dense: &Dense<'_>, rows: &mut [f32], out: 
             places.narrow(source, dense.inputs, member.part(count, 1));
             member.meet();
             let left = Left { floats: source, rows: count };
-            places.product(member, dense, left, Out { place: target, stride: dense.outputs, column: 0, add: false });
+            places.product(
+                member,
+                dense,
+                left,
+                Out { place: target, stride: dense.outputs, column: 0, add: false },
+            );
         }
     });
     work.keep();
@@ -106,7 +121,9 @@ pub(crate) fn row_of(dense: &Dense<'_>, index: usize, out: &mut [f32]) -> Result
                     crate::packing::Precision::Bf16 => {
                         f32::from_bits(u32::from(u16::from_le_bytes([panel[at], panel[at + 1]])) << 16)
                     }
-                    crate::packing::Precision::Int8 => return Err(Mismatch("rows of int8 are not looked up")),
+                    crate::packing::Precision::Int8 => {
+                        return Err(Mismatch("rows of int8 are not looked up"));
+                    }
                 };
             }
             Ok(())

@@ -29,8 +29,8 @@ pub(crate) use attention::AttentionShape;
 pub(crate) use cpu::path_name;
 pub use cpu::{CPU_PATH_VARIABLE, has_native_bf16};
 pub(crate) use decoder::{
-    CrossWeights, Dense, DistanceBias, Feed, Kept, Matrix, Mismatch, Sees, StackLayer, StackShape, StackWeights, Step,
-    StepRow, project, rms_norm_row, row_of, run_stack,
+    CrossWeights, Dense, DistanceBias, Feed, Kept, Matrix, Mismatch, Sees, StackLayer, StackShape,
+    StackWeights, Step, StepRow, project, rms_norm_row, row_of, run_stack,
 };
 pub(crate) use encoder::{
     Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, encode,

@@ -116,7 +116,12 @@ impl Pass<'_> {
             member.meet();
             let left = Left { floats: self.work.floats, rows: self.step.rows.len() };
             let width = self.stack.shape.width;
-            self.work.product(member, dense, left, Out { place: self.hidden, stride: width, column: 0, add: true });
+            self.work.product(
+                member,
+                dense,
+                left,
+                Out { place: self.hidden, stride: width, column: 0, add: true },
+            );
             member.meet();
         }
     }
@@ -132,7 +137,8 @@ impl Pass<'_> {
             // SAFETY: the caller's promise; slots of rows are distinct.
             let (qkv, kept) = unsafe {
                 let at = self.step.rows[row];
-                let slot = self.layer_start(index, self.kept[at.sequence].slots) + at.slot * shape.slot_floats();
+                let slot =
+                    self.layer_start(index, self.kept[at.sequence].slots) + at.slot * shape.slot_floats();
                 (
                     self.work.results.slice::<f32>(row * shape.qkv_width(), shape.qkv_width()),
                     self.caches[at.sequence].slice::<f32>(slot, shape.slot_floats()),

@@ -144,7 +144,15 @@ impl Places {
         let Matrix::Packed { precision, panels, scales, sums } = dense.matrix else {
             let Matrix::Blocks { kind, bytes } = dense.matrix else { return };
             let target = Target { start: out.place.at::<f32>(out.column), stride: out.stride };
-            let job = BlockRows { kind, bytes, inputs, floats: left.floats.at(0), rows: left.rows, out: target, add: out.add };
+            let job = BlockRows {
+                kind,
+                bytes,
+                inputs,
+                floats: left.floats.at(0),
+                rows: left.rows,
+                out: target,
+                add: out.add,
+            };
             // SAFETY: the caller's promise; outputs are dealt out to one member each.
             unsafe { multiply_blocks(&job, member.part(outputs, 1)) };
             return;
@@ -171,7 +179,8 @@ impl Places {
                 stride: out.stride,
             };
             let out = if out.add { FinishOut::Add(target) } else { FinishOut::Store(target) };
-            let finish = Finish { dequantize, bias: &[0.0; PANEL_COLUMNS][..columns.len()], activation: None, out };
+            let finish =
+                Finish { dequantize, bias: &[0.0; PANEL_COLUMNS][..columns.len()], activation: None, out };
             // SAFETY: these columns are this member's, and the place has room for all rows of all columns.
             unsafe { finish_exactly(tile.rows_mut(rows.len()), finish) };
         };

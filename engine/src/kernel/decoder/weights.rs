@@ -233,7 +233,10 @@ impl StackWeights<'_> {
                 && (step.angles.is_empty() || shape.head_dim.is_multiple_of(2)),
             "the stack has impossible dimensions",
         )?;
-        holds(step.layers.start <= step.layers.end && step.layers.end <= self.layers.len(), "no such layers")?;
+        holds(
+            step.layers.start <= step.layers.end && step.layers.end <= self.layers.len(),
+            "no such layers",
+        )?;
         for layer in &self.layers[step.layers.clone()] {
             self.check_layer(layer)?;
         }
@@ -294,9 +297,9 @@ impl StackWeights<'_> {
                 && all(&[cross.query], shape.width, shape.query_width())
                 && all(&[cross.output], shape.query_width(), shape.width)
         });
-        let heads = layer.head_norms.is_none_or(|(query, key)| {
-            query.len() == shape.head_dim && key.len() == shape.head_dim
-        });
+        let heads = layer
+            .head_norms
+            .is_none_or(|(query, key)| query.len() == shape.head_dim && key.len() == shape.head_dim);
         let fits = norm(layer.norm)
             && norm(layer.wide_norm)
             && all(&layer.qkv, shape.width, shape.qkv_width())
