@@ -3,10 +3,10 @@
 # PEER_PYTHON names a Python that has the peers (default: what benches/peers/install.sh made).
 set -eu
 cd "$(dirname "$0")/.."
-for name in ${1:-ring attach memory lane cache processes20 throughput mixed clients16 accuracy peers}; do
+for name in ${1:-ring attach memory lane cache processes20 managers large-model throughput mixed clients16 accuracy peers}; do
     set -- "$name" --into docs/benchmarks.md
     case "$name" in
-    processes20 | throughput | mixed | clients16 | accuracy | peers) [ -z "${PEER_PYTHON:-}" ] || set -- "$@" --python "$PEER_PYTHON" ;;
+    processes20 | managers | large-model | throughput | mixed | clients16 | accuracy | peers) [ -z "${PEER_PYTHON:-}" ] || set -- "$@" --python "$PEER_PYTHON" ;;
     esac
     [ "$name" != peers ] || set -- "$@" --chart docs/peers.svg --cpu-paths avx512-vnni,avx512,avx2,portable
     echo "== $name" >&2

@@ -23,7 +23,7 @@ const WEIGHT_RANGE: f32 = 0.02;
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// Name, shape and whether it is a layer norm's weight (all ones).
-type Tensor = (String, Vec<usize>, bool);
+pub(crate) type Tensor = (String, Vec<usize>, bool);
 
 fn tensors(layers: usize) -> Vec<Tensor> {
     let mut all: Vec<Tensor> = Vec::new();
@@ -96,7 +96,7 @@ pub(crate) fn write(folder: &Path, bytes: u64) -> anyhow::Result<u64> {
                "pooling_mode_max_tokens": false, "pooling_mode_mean_sqrt_len_tokens": false}),
     )?;
     put("sentence_bert_config.json", json!({"max_seq_length": 256, "do_lower_case": false}))?;
-    write_weights(&folder.join("model.safetensors"), layers)
+    write_weights(&folder.join("model.safetensors"), &tensors(layers))
 }
 
 fn config(layers: usize) -> Value {
@@ -145,11 +145,14 @@ fn tokenizer() -> Value {
     })
 }
 
-fn write_weights(path: &Path, layers: usize) -> anyhow::Result<u64> {
-    let tensors = tensors(layers);
+/// Writes a safetensors file of these tensors with random values, the same each time; gives the bytes of weights.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(crate) fn write_weights(path: &Path, tensors: &[Tensor]) -> anyhow::Result<u64> {
     let mut header = Map::new();
     let mut end = 0;
-    for tensor in &tensors {
+    for tensor in tensors {
         let start = end;
         end += tensor_bytes(tensor);
         let entry = json!({"dtype": "F32", "shape": tensor.1, "data_offsets": [start, end]});
@@ -163,7 +166,7 @@ fn write_weights(path: &Path, layers: usize) -> anyhow::Result<u64> {
     file.write_all(&header)?;
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut chunk = Vec::with_capacity(CHUNK_BYTES);
-    for tensor in &tensors {
+    for tensor in tensors {
         let mut left = tensor_bytes(tensor) as usize;
         while left > 0 {
             let now = left.min(CHUNK_BYTES);

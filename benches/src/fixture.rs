@@ -114,7 +114,35 @@ impl Broker {
     }
 
     fn start_with(threads: usize, arguments: &[&str], variables: &[(&str, &str)]) -> anyhow::Result<Broker> {
-        let folder = tempfile::Builder::new().prefix("bench-").tempdir().context("making a folder")?;
+        Broker::start_at(Broker::new_folder()?, threads, arguments, variables)
+    }
+
+    /// A folder for a broker's socket, cache and logs.
+    pub(crate) fn new_folder() -> anyhow::Result<tempfile::TempDir> {
+        tempfile::Builder::new().prefix("bench-").tempdir().context("making a folder")
+    }
+
+    /// As [`Broker::start`], in a folder that was another broker's, with its cache of compiled images.
+    pub(crate) fn start_again(folder: tempfile::TempDir, threads: usize) -> anyhow::Result<Broker> {
+        Broker::start_at(folder, threads, &["--cache-entries", "0"], &[])
+    }
+
+    /// Stops it and waits until it and its children are gone; gives its folder back.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub(crate) fn stop(mut self) -> anyhow::Result<tempfile::TempDir> {
+        let folder = std::mem::replace(&mut self.folder, Broker::new_folder()?);
+        drop(self);
+        Ok(folder)
+    }
+
+    fn start_at(
+        folder: tempfile::TempDir,
+        threads: usize,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> anyhow::Result<Broker> {
         let socket = folder.path().join("run").join("broker.sock");
         let (mut ready, ready_writer) = std::io::pipe()?;
         let program = program()?;

@@ -9,8 +9,11 @@ mod cache;
 mod clients16;
 mod fixture;
 mod infinity;
+mod kure_model;
 mod lane;
+mod large_model;
 mod machine;
+mod managers;
 mod memory;
 mod mixed;
 mod peers;
@@ -47,12 +50,16 @@ enum Bench {
     Ring(ring::Arguments),
     /// From nothing to ready: how long a worker needs until it can use a loaded model, small and large.
     Attach(attach::Arguments),
+    /// A KURE-v1-shaped model (2.3 GB): copies in memory, attaching, and a restart with a warm image.
+    LargeModel(large_model::Arguments),
     /// Copies of the weights, and what each process holds for itself, with 1, 4 and 16 workers.
     Memory(memory::Arguments),
     /// What it costs to have a text computed by the engine instead of in place.
     Lane(lane::Arguments),
     /// A text that was embedded before, answered from the cache, beside the same text computed.
     Cache(cache::Arguments),
+    /// Twenty embedding managers in one process, from threads and in processes, against twenty SentenceTransformer loads.
+    Managers(managers::Arguments),
     /// Twenty processes that each want the model, against twenty loads with sentence-transformers.
     Processes20(processes20::Arguments),
     /// Texts a second, against sentence-transformers.
@@ -82,6 +89,8 @@ fn main() -> anyhow::Result<()> {
     let report = match &arguments.bench {
         Bench::Ring(ring) => ring::run(ring)?,
         Bench::Attach(attach) => attach::run(attach)?,
+        Bench::LargeModel(large) => large_model::run(large)?,
+        Bench::Managers(managers) => managers::run(managers)?,
         Bench::Memory(memory) => memory::run(memory)?,
         Bench::Lane(lane) => lane::run(lane)?,
         Bench::Cache(cache) => cache::run(cache)?,

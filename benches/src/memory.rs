@@ -110,7 +110,7 @@ fn add(pid: u32, inode: u64, image_pss_bytes: &mut u64, row: &mut Row) -> anyhow
 }
 
 /// The image as the engine maps it: the one object of its length.
-fn image_inode(services: &[u32], image_bytes: u64) -> anyhow::Result<u64> {
+pub(crate) fn image_inode(services: &[u32], image_bytes: u64) -> anyhow::Result<u64> {
     let mut lengths = std::collections::BTreeMap::<u64, u64>::new();
     for pid in services {
         let mut of_process = std::collections::BTreeMap::<u64, u64>::new();

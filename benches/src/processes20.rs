@@ -127,6 +127,7 @@ fn report(arguments: &Arguments, walls: &[(Mode, Walls); 3], theirs: Option<(Str
             Mode::Nothing => "starting only",
             Mode::Thin => "ours, thin",
             Mode::Attached => "ours, attached",
+            Mode::Private => "ours, private",
         };
         let spread = format!("{} ({}-{})", short(wall), short(low), short(high));
         if *mode == Mode::Nothing {

@@ -8,9 +8,14 @@ use clap::ValueEnum;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
+use shm_layout::image::HeapImage;
+use shm_os::image_backing::{BackingKind, map_published};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// What a worker does before it says that it is ready.
@@ -22,6 +27,9 @@ pub(crate) enum Mode {
     Thin,
     /// Connects, leases, and maps the image to compute itself.
     Attached,
+    /// Reads the compiled image that is given as the model into memory of its own, as every process does that shares
+    /// nothing.
+    Private,
 }
 
 impl Mode {
@@ -31,6 +39,7 @@ impl Mode {
             Mode::Nothing => "nothing",
             Mode::Thin => "thin",
             Mode::Attached => "attached",
+            Mode::Private => "private",
         }
     }
 }
@@ -83,6 +92,8 @@ pub(crate) struct Ready {
     pub(crate) model: Option<worker_sdk::Model>,
     /// The mapped image.
     pub(crate) attached: Option<worker_sdk::AttachedModel>,
+    /// The model on weights of its own.
+    pub(crate) private: Option<engine::Model>,
 }
 
 /// Does what a fresh worker does, with a connection of its own.
@@ -96,6 +107,11 @@ pub(crate) fn get_ready(mode: Mode, socket: &Path, model: &str) -> anyhow::Resul
         return Ok((steps, ready));
     }
     let start = Instant::now();
+    if mode == Mode::Private {
+        ready.private = Some(private_model(Path::new(model))?);
+        steps.map_us = start.elapsed().as_nanos() as f64 / 1e3;
+        return Ok((steps, ready));
+    }
     let client = fixture::connect(socket)?;
     let connected = Instant::now();
     let model = client.model(model)?;
@@ -108,6 +124,13 @@ pub(crate) fn get_ready(mode: Mode, socket: &Path, model: &str) -> anyhow::Resul
     }
     ready.model = Some(model);
     Ok((steps, ready))
+}
+
+/// A model on a copy of its image in this process's own memory.
+fn private_model(image: &Path) -> anyhow::Result<engine::Model> {
+    let file = File::open(image).with_context(|| format!("opening {}", image.display()))?;
+    let mapping = map_published(file.as_fd(), BackingKind::ImageFile, file.metadata()?.len())?;
+    Ok(engine::Model::load(Arc::new(HeapImage::new(mapping.as_bytes())))?)
 }
 
 /// The worker process. `since_main` is when `main` began.
@@ -130,10 +153,11 @@ pub(crate) fn run(arguments: &Arguments, since_main: Instant) -> anyhow::Result<
     let options = worker_sdk::EmbedOptions::default().bypass_cache(true);
     for number in 0..arguments.embed {
         let text = [format!("text {number} of a worker that is measured")];
-        match (&ready.attached, &ready.model) {
-            (Some(attached), _) => attached.embed_with(&text, &options)?,
-            (None, Some(model)) => model.embed_with(&text, &options)?,
-            (None, None) => bail!("a worker that does nothing cannot embed"),
+        match (&ready.attached, &ready.model, &ready.private) {
+            (Some(attached), ..) => drop(attached.embed_with(&text, &options)?),
+            (None, Some(model), _) => drop(model.embed_with(&text, &options)?),
+            (None, None, Some(private)) => drop(private.embed(&[&text[0]])?),
+            (None, None, None) => bail!("a worker that does nothing cannot embed"),
         };
     }
     println!("{}", serde_json::to_string(&Said { steps, since_main_us })?);

@@ -1,7 +1,8 @@
 //! What a broker is told at its start, and every bound it holds to. No I/O: folders and sockets are touched in
 //! `run_folder` and `server`.
 
-use shm_layout::wire::BackingKind;
+use crate::reloaded::ReadAgain;
+use shm_os::image_backing::BackingChoice;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,6 +11,153 @@ use std::time::Duration;
 pub const DEFAULT_CACHE_ENTRIES: usize = 10_000;
 /// How long a vector is kept where nothing else is said.
 pub const DEFAULT_CACHE_TTL: Duration = Duration::from_secs(3600);
+
+/// How long a model without lease or job stays loaded where nothing else is said.
+pub const DEFAULT_UNLOAD_AFTER: Duration = Duration::from_secs(1800);
+/// Models loaded at once where nothing else is said.
+pub const DEFAULT_MAX_SHARED_MODELS: usize = 5;
+
+/// What a configured model is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ModelKind {
+    /// Texts to vectors.
+    Embedding,
+    /// Query and texts to scores.
+    Reranker,
+    /// Texts to class scores.
+    Classifier,
+    /// Text to text (T5).
+    Text2Text,
+    /// A conversation to its continuation.
+    Chat,
+    /// Served by a provider of its own.
+    Custom,
+}
+
+impl ModelKind {
+    /// Each kind.
+    pub const ALL: [ModelKind; 6] = [
+        ModelKind::Embedding,
+        ModelKind::Reranker,
+        ModelKind::Classifier,
+        ModelKind::Text2Text,
+        ModelKind::Chat,
+        ModelKind::Custom,
+    ];
+
+    /// The name in settings and in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            ModelKind::Embedding => "embedding",
+            ModelKind::Reranker => "reranker",
+            ModelKind::Classifier => "classifier",
+            ModelKind::Text2Text => "text2text",
+            ModelKind::Chat => "chat",
+            ModelKind::Custom => "custom",
+        }
+    }
+}
+
+/// The text names no kind of model.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no kind of model: use embedding, reranker, classifier, text2text, chat or custom")]
+pub struct UnknownKind(
+    /// What was given, cut to a readable length.
+    pub String,
+);
+
+impl std::str::FromStr for ModelKind {
+    type Err = UnknownKind;
+
+    fn from_str(text: &str) -> Result<ModelKind, UnknownKind> {
+        let unknown = || UnknownKind(text.chars().take(32).collect());
+        ModelKind::ALL.into_iter().find(|kind| kind.name() == text).ok_or_else(unknown)
+    }
+}
+
+/// Where a model is wished to compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum DeviceChoice {
+    /// Whatever the engine finds best.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// A CUDA device; `None` = the first.
+    Cuda(Option<u16>),
+}
+
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Cpu => f.write_str("cpu"),
+            DeviceChoice::Cuda(None) => f.write_str("cuda"),
+            DeviceChoice::Cuda(Some(index)) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+/// The text names no device.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no device: use auto, cpu, cuda or cuda:N")]
+pub struct UnknownDevice(
+    /// What was given, cut to a readable length.
+    pub String,
+);
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = UnknownDevice;
+
+    fn from_str(text: &str) -> Result<DeviceChoice, UnknownDevice> {
+        match text {
+            "auto" => Ok(DeviceChoice::Auto),
+            "cpu" => Ok(DeviceChoice::Cpu),
+            "cuda" => Ok(DeviceChoice::Cuda(None)),
+            other => other
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .map(|index| DeviceChoice::Cuda(Some(index)))
+                .ok_or_else(|| UnknownDevice(text.chars().take(32).collect())),
+        }
+    }
+}
+
+/// A model that clients ask for by an id of the configuration. Plain data; [`ModelSettings::new`] fills in the defaults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelSettings {
+    /// What clients call it.
+    pub id: String,
+    /// What the loader is given: a name, alias or folder, with a precision behind a colon where one is wished.
+    pub source: String,
+    /// What it is for.
+    pub kind: ModelKind,
+    /// Loaded at start and kept: neither idleness nor the bound on models unloads it.
+    pub preload: bool,
+    /// How long it stays loaded without lease or job; zero = for ever; `None` = [`BrokerConfig::unload_after`].
+    pub unload_after: Option<Duration>,
+    /// Whether processes share it; if not, the broker refuses it and each process loads it for itself.
+    pub shared: bool,
+    /// Where it is wished to compute.
+    pub device: DeviceChoice,
+}
+
+impl ModelSettings {
+    /// A shared model of this id and source, loaded on first use, with the defaults for everything else.
+    #[must_use]
+    pub fn new(id: impl Into<String>, source: impl Into<String>, kind: ModelKind) -> ModelSettings {
+        ModelSettings {
+            id: id.into(),
+            source: source.into(),
+            kind,
+            preload: false,
+            unload_after: None,
+            shared: true,
+            device: DeviceChoice::Auto,
+        }
+    }
+}
 
 /// How a broker is set up. Plain data; [`BrokerConfig::new`] fills in the defaults.
 pub struct BrokerConfig {
@@ -20,7 +168,7 @@ pub struct BrokerConfig {
     /// Model given to clients that name none.
     pub default_model: String,
     /// What loaded images lie in.
-    pub backing: BackingKind,
+    pub backing: BackingChoice,
     /// Where loaders keep compiled images. The broker itself never looks into it.
     pub cache_dir: PathBuf,
     /// Program and leading arguments of an engine; `--link-fd 3` is appended.
@@ -39,12 +187,28 @@ pub struct BrokerConfig {
     pub cache_ttl: Duration,
     /// Engines keep caches over restarts (their command says where): none is ended without time to save.
     pub cache_persist: bool,
+    /// Processes that are kept running to provide models.
+    pub providers: Vec<ProviderCommand>,
+    /// Models that clients ask for by an id. Every other name goes to the loader as it is.
+    pub models: Vec<ModelSettings>,
+    /// Names or ids loaded at start and kept, beside the models that are configured so.
+    pub preload: Vec<String>,
+    /// How long a model without lease or job stays loaded; zero = for ever.
+    pub unload_after: Duration,
+    /// Models loaded at once: before another is loaded the least recently used idle one is let go; 0 = no such bound.
+    pub max_shared_models: usize,
+    /// Bytes that images and caches may take in all; `None` = as much as the system and the control group have.
+    pub memory_budget_bytes: Option<u64>,
+    /// Whether loads, unloads and their like are logged.
+    pub log_model_usage: bool,
     /// Called once, when the socket accepts connections.
     pub on_ready: Option<Box<dyn FnOnce() + Send>>,
+    /// Reads the configuration again, for SIGHUP and for clients that ask for it; `None`: they are told that it cannot be.
+    pub on_reload: Option<ReadAgain>,
 }
 
 impl BrokerConfig {
-    /// A configuration with default limits, a sealed memfd as backing, no idle exit, and only this user let in. The
+    /// A configuration with default limits, backings by the images' sizes, no idle exit, and only this user let in. The
     /// lock file lies beside the socket, with `.lock` appended to its name.
     #[must_use]
     pub fn new(
@@ -60,7 +224,7 @@ impl BrokerConfig {
             socket_path,
             lock_path: PathBuf::from(lock_path),
             default_model,
-            backing: BackingKind::SealedMemfd,
+            backing: BackingChoice::Auto,
             cache_dir,
             engine_command,
             loader_command,
@@ -70,7 +234,15 @@ impl BrokerConfig {
             cache_entries: DEFAULT_CACHE_ENTRIES,
             cache_ttl: DEFAULT_CACHE_TTL,
             cache_persist: false,
+            providers: Vec::new(),
+            models: Vec::new(),
+            preload: Vec::new(),
+            unload_after: DEFAULT_UNLOAD_AFTER,
+            max_shared_models: DEFAULT_MAX_SHARED_MODELS,
+            memory_budget_bytes: None,
+            log_model_usage: true,
             on_ready: None,
+            on_reload: None,
         }
     }
 }
@@ -91,8 +263,27 @@ impl std::fmt::Debug for BrokerConfig {
             .field("cache_entries", &self.cache_entries)
             .field("cache_ttl", &self.cache_ttl)
             .field("cache_persist", &self.cache_persist)
+            .field("providers", &self.providers)
+            .field("models", &self.models)
+            .field("preload", &self.preload)
+            .field("unload_after", &self.unload_after)
+            .field("max_shared_models", &self.max_shared_models)
+            .field("memory_budget_bytes", &self.memory_budget_bytes)
+            .field("log_model_usage", &self.log_model_usage)
             .finish_non_exhaustive()
     }
+}
+
+/// A process that is started with the broker and started anew when it ends; it finds the broker's socket in
+/// `MODELBROKER_SOCKET` and is to provide the model named here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProviderCommand {
+    /// The model, `custom/...`.
+    pub model_id: String,
+    /// The program.
+    pub program: OsString,
+    /// Its arguments.
+    pub args: Vec<OsString>,
 }
 
 /// Every bound of the broker, with the code that a client sees at it.
@@ -135,6 +326,10 @@ pub struct Limits {
     pub max_loads_at_once: usize,
     /// How long one load may take, downloads counted. Beyond: the loader is killed, `MODEL_LOAD_ERROR`.
     pub load_timeout: Duration,
+    /// Shortest time between two looks at the system's memory while something is loaded.
+    pub memory_check_interval: Duration,
+    /// Memory in bytes that a load leaves to others. Beyond: idle models are let go of, then `OUT_OF_MEMORY`.
+    pub memory_reserve_bytes: u64,
     /// Address space of a loader, in bytes. Beyond: its allocations fail, `MODEL_LOAD_ERROR`.
     pub loader_address_space_bytes: u64,
     /// Processor time of a loader, in seconds. Beyond: killed by SIGXCPU, `MODEL_LOAD_ERROR`.
@@ -165,6 +360,27 @@ pub struct Limits {
     pub drain_timeout: Duration,
     /// How long the last answers may take to reach their clients when the broker leaves.
     pub exit_flush: Duration,
+    /// Processes that the broker keeps running to provide models. Beyond: it does not start.
+    pub max_provider_processes: usize,
+    /// Provided models known at once. Beyond: `TOO_MANY`.
+    pub max_provided: usize,
+    /// Offers of all sessions at once. Beyond: `TOO_MANY`.
+    pub max_providers: usize,
+    /// Models that one session offers. Beyond: `TOO_MANY`.
+    pub max_provides_per_session: usize,
+    /// Things that a provider may do wrong before it is dropped.
+    pub provider_faults: u32,
+    /// How long a process that was dropped as a faulty provider may not provide anything. Before: `PROVIDER_FAILED`.
+    pub provider_ban: Duration,
+    /// How long jobs, and requests for leases, wait for a model that nobody provides just now. Beyond: `MODEL_UNAVAILABLE`, or
+    /// `MODEL_NOT_FOUND` where nobody ever has.
+    pub provider_return: Duration,
+    /// A provider's process that was up for so long counts as one that worked, and is started anew at once.
+    pub provider_healthy_after: Duration,
+    /// First delay of the restart of a provider's process that ended early; doubles with each further one.
+    pub provider_backoff_base: Duration,
+    /// Longest delay of the restart of a provider's process.
+    pub provider_backoff_cap: Duration,
 }
 
 const MIB: usize = 1 << 20;
@@ -190,6 +406,8 @@ impl Default for Limits {
             max_model_names: 1024,
             max_loads_at_once: 2,
             load_timeout: Duration::from_secs(30 * 60),
+            memory_check_interval: Duration::from_millis(100),
+            memory_reserve_bytes: 64 << 20,
             loader_address_space_bytes: 64 << 30,
             loader_cpu_seconds: 20 * 60,
             load_retry_base: Duration::from_millis(250),
@@ -204,6 +422,16 @@ impl Default for Limits {
             status_wait: Duration::from_millis(100),
             drain_timeout: Duration::from_secs(30),
             exit_flush: Duration::from_secs(1),
+            max_provider_processes: 32,
+            max_provided: 64,
+            max_providers: 128,
+            max_provides_per_session: 8,
+            provider_faults: 3,
+            provider_ban: Duration::from_secs(30),
+            provider_return: Duration::from_secs(15),
+            provider_healthy_after: Duration::from_secs(1),
+            provider_backoff_base: Duration::from_millis(100),
+            provider_backoff_cap: Duration::from_secs(10),
         }
     }
 }

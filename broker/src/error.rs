@@ -29,6 +29,14 @@ pub enum BrokerError {
         /// `engine` or `loader`.
         child: &'static str,
     },
+    /// A process that is to provide a model is not described as it must be.
+    #[error("the provider of {model_id:?} cannot be started: {why}")]
+    BadProvider {
+        /// The model.
+        model_id: String,
+        /// What is wrong, and what to do.
+        why: String,
+    },
     /// The run folder or the lock file cannot be used.
     #[error(transparent)]
     RunDir(#[from] RunDirError),

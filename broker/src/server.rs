@@ -1,6 +1,7 @@
 //! From a configuration to a running broker and back: folder, lock, socket, signals; afterwards nothing is left behind.
 
 use crate::config::BrokerConfig;
+use crate::core::check_provided_id;
 use crate::error::BrokerError;
 use crate::io::EventLoop;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -20,8 +21,8 @@ const OPEN_FOLDER_MODE: u32 = 0o711;
 const OPEN_SOCKET_MODE: u32 = 0o666;
 const PRIVATE_FOLDER_MODE: u32 = 0o700;
 
-/// Serves until told to leave: by SIGTERM, SIGINT or SIGHUP (the first drains, the second ends at once), by a client's
-/// `Shutdown`, or by being idle for as long as configured. Blocks; children live as long as the calling thread.
+/// Serves until told to leave: by SIGTERM or SIGINT (the first drains, the second ends at once), by a client's
+/// `Shutdown`, or by being idle for as long as configured. SIGHUP has the configuration read again. Blocks; children live as long as the calling thread.
 ///
 /// Raises this process's soft limit of open descriptors to the hard one, and handles those signals while it runs.
 ///
@@ -34,6 +35,7 @@ pub fn run(mut config: BrokerConfig) -> Result<(), BrokerError> {
             return Err(BrokerError::NoCommand { child });
         }
     }
+    check_providers(&config)?;
     check_path(&config.socket_path)?;
     let run_dir = parent_of(&config.socket_path)?;
     if config.allow_other_users {
@@ -48,14 +50,15 @@ pub fn run(mut config: BrokerConfig) -> Result<(), BrokerError> {
         return Err(BrokerError::AlreadyRunning { pid: LockFile::holder_pid(&config.lock_path) });
     };
     raise_descriptor_limit();
-    let (signals, _registered) = StopSignals::register()?;
+    let (signals, _registered) = Signals::register(&[SIGTERM, SIGINT])?;
+    let (hangups, _registered_too) = Signals::register(&[SIGHUP])?;
     let listener = bind_listener(&config.socket_path)?;
     listener.set_nonblocking(true)?;
     let opened =
         config.allow_other_users.then(|| OpenedFolder::open(&run_dir, &config.socket_path)).transpose()?;
     let on_ready = config.on_ready.take();
     let socket_path = config.socket_path.clone();
-    let event_loop = EventLoop::new(config, listener, signals)?;
+    let event_loop = EventLoop::new(config, listener, signals, hangups)?;
     info!(socket = %socket_path.display(), "broker listens");
     if let Some(on_ready) = on_ready {
         on_ready();
@@ -65,6 +68,21 @@ pub fn run(mut config: BrokerConfig) -> Result<(), BrokerError> {
     drop(lock);
     info!("broker left");
     Ok(outcome?)
+}
+
+fn check_providers(config: &BrokerConfig) -> Result<(), BrokerError> {
+    for (index, provider) in config.providers.iter().enumerate() {
+        let bad = |why: String| BrokerError::BadProvider { model_id: provider.model_id.clone(), why };
+        check_provided_id(&provider.model_id).map_err(bad)?;
+        if provider.program.is_empty() {
+            return Err(bad("its command is empty: name a program".to_owned()));
+        }
+        let most = config.limits.max_provider_processes;
+        if index >= most {
+            return Err(bad(format!("{most} processes for providers are the limit: name fewer")));
+        }
+    }
+    Ok(())
 }
 
 fn parent_of(path: &Path) -> Result<PathBuf, BrokerError> {
@@ -105,24 +123,24 @@ impl Drop for OpenedFolder {
     }
 }
 
-/// Stop signals as bytes in a socket; unregistered when dropped.
-struct StopSignals(Vec<SigId>);
+/// Signals as bytes in a socket; unregistered when dropped.
+struct Signals(Vec<SigId>);
 
-impl StopSignals {
-    fn register() -> Result<(UnixStream, StopSignals), OsError> {
+impl Signals {
+    fn register(wanted: &[i32]) -> Result<(UnixStream, Signals), OsError> {
         let failed = |e| OsError::new("preparing to be signalled", e);
         let (reader, writer) = UnixStream::pair().map_err(failed)?;
         reader.set_nonblocking(true).map_err(failed)?;
-        let mut registered = StopSignals(Vec::new());
-        for signal in [SIGTERM, SIGINT, SIGHUP] {
+        let mut registered = Signals(Vec::new());
+        for signal in wanted {
             let writer = writer.try_clone().map_err(failed)?;
-            registered.0.push(signal_hook::low_level::pipe::register(signal, writer).map_err(failed)?);
+            registered.0.push(signal_hook::low_level::pipe::register(*signal, writer).map_err(failed)?);
         }
         Ok((reader, registered))
     }
 }
 
-impl Drop for StopSignals {
+impl Drop for Signals {
     fn drop(&mut self) {
         for id in self.0.drain(..) {
             signal_hook::low_level::unregister(id);

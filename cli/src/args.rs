@@ -7,9 +7,15 @@ use std::path::PathBuf;
 #[derive(Debug, Parser)]
 #[command(name = "modelbroker", version, max_term_width = 100, after_help = EXIT_CODES)]
 pub(crate) struct Arguments {
-    /// The broker's socket [default: modelbroker/broker.sock in the user's run folder]
-    #[arg(long, global = true, value_name = "PATH", env = "MODELBROKER_SOCKET", hide_env_values = true)]
+    /// The broker's socket [default: MODELBROKER_SOCKET, else broker.sock in the user's run folder]
+    #[arg(long, global = true, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
+    /// The configuration file [default: MODELBROKER_CONFIG, else ~/.config/modelbroker/config.toml if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Give a key of the configuration another value; may be repeated
+    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = crate::configuration::key_and_value)]
+    pub(crate) set: Vec<(String, String)>,
     /// What to do
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -28,8 +34,20 @@ pub(crate) enum Command {
     Status(JsonArgs),
     /// Show the models that the broker knows
     Models(JsonArgs),
+    /// Load, unload, reload, check or list models
+    Model(ModelArgs),
     /// Turn texts into vectors
     Embed(EmbedArgs),
+    /// Make a text shorter, with a text-to-text model
+    Summarize(SummarizeArgs),
+    /// Write text: how a chat or text-to-text model goes on from a prompt
+    Generate(GenerateArgs),
+    /// Find the texts of a file that are most like a query
+    Similar(SimilarArgs),
+    /// Put the texts of a file in the order of how well they answer a query, with a reranker
+    Rank(RankArgs),
+    /// Give texts the labels of a classifier
+    Classify(ClassifyArgs),
     /// Index documents into a store, one subprocess per document
     Index(IndexArgs),
     /// Search a store
@@ -37,7 +55,11 @@ pub(crate) enum Command {
     /// Generate load and measure it
     Load(LoadArgs),
     /// Say what is wrong with this machine or setup, and how to fix it
-    Doctor(JsonArgs),
+    Doctor(DoctorArgs),
+    /// Show the settings that hold and where each comes from
+    Config(ConfigArgs),
+    /// Have the running broker read its configuration again
+    ReloadConfig(JsonArgs),
     /// Show the main job end to end: one copy of a model, many processes
     Demo(DemoArgs),
     /// Compute jobs (started by the broker)
@@ -57,6 +79,8 @@ pub(crate) enum Command {
 /// What holds an image's pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Backing {
+    /// By size: memfd below 512 MiB, file from there on
+    Auto,
     /// A sealed memory object: nobody can change it, not even its owner
     Memfd,
     /// A read-only file in the cache folder: a restart maps it again at once
@@ -78,46 +102,49 @@ pub(crate) enum Precision {
     Auto,
 }
 
-/// A number of entries that a cache can have.
-fn cache_entries(text: &str) -> Result<usize, String> {
-    let most = shm_layout::cache::MAX_CACHE_ENTRIES;
-    match text.parse::<usize>() {
-        Ok(entries) if entries <= most => Ok(entries),
-        _ => Err(format!("give a number from 0 (no cache) to {most}")),
+impl Backing {
+    /// The word in settings.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Backing::Auto => "auto",
+            Backing::Memfd => "memfd",
+            Backing::File => "file",
+            Backing::PosixShm => "posix-shm",
+        }
     }
 }
 
-/// A switch as the environment gives it; empty counts as unset.
-fn switch(text: &str) -> Result<bool, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "1" | "true" | "yes" | "on" => Ok(true),
-        "" | "0" | "false" | "no" | "off" => Ok(false),
-        _ => Err("give 1 or 0".into()),
+impl Precision {
+    /// The word in settings.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+            Precision::Int8 => "int8",
+            Precision::Auto => "auto",
+        }
     }
 }
 
+/// Settings of `serve`. Each stands for a key of the configuration, whose default, variables and file hold where it is not
+/// given.
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
-    /// Model for clients that name none: id or folder
-    #[arg(
-        long,
-        value_name = "MODEL",
-        env = "MODELBROKER_MODEL",
-        default_value = "sentence-transformers/all-MiniLM-L6-v2"
-    )]
-    pub(crate) model: String,
+    /// Model for clients that name none: configured id, name or folder
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: Option<String>,
     /// Where models and images are cached
     #[arg(long, value_name = "DIR")]
     pub(crate) cache_dir: Option<PathBuf>,
     /// What images lie in
-    #[arg(long, value_enum, default_value = "memfd")]
-    pub(crate) backing: Backing,
+    #[arg(long, value_enum)]
+    pub(crate) backing: Option<Backing>,
     /// Precision of models that are asked for without one; a model's name may end in `:f32`, `:bf16`, `:int8` or `:auto`
-    #[arg(long, value_enum, env = "MODELBROKER_PRECISION", hide_env_values = true, default_value = "f32")]
-    pub(crate) precision: Precision,
-    /// Compute threads of the engine [default: the cores that this process may use]
+    #[arg(long, value_enum)]
+    pub(crate) precision: Option<Precision>,
+    /// Compute threads of the engine; 0 = the cores that this process may use
     #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<usize>,
+    pub(crate) threads: Option<u64>,
     /// Leave after so many seconds without any session
     #[arg(long, value_name = "SECONDS")]
     pub(crate) idle_exit: Option<u64>,
@@ -131,38 +158,121 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) allow_other_users: bool,
     /// Vectors that the cache of each loaded model holds at most; 0 = no cache
-    #[arg(
-        long,
-        value_name = "N",
-        env = "MODELBROKER_CACHE_ENTRIES",
-        hide_env_values = true,
-        default_value_t = broker::DEFAULT_CACHE_ENTRIES,
-        value_parser = cache_entries
-    )]
-    pub(crate) cache_entries: usize,
+    #[arg(long, value_name = "N")]
+    pub(crate) cache_entries: Option<u64>,
     /// How long a vector is kept, in seconds; 0 = as long as the model is loaded
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        env = "MODELBROKER_CACHE_TTL",
-        hide_env_values = true,
-        default_value_t = broker::DEFAULT_CACHE_TTL.as_secs()
-    )]
-    pub(crate) cache_ttl: u64,
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) cache_ttl: Option<u64>,
     /// Keep the caches' vectors in files in the cache folder, over restarts
-    #[arg(
-        long,
-        env = "MODELBROKER_CACHE_PERSIST",
-        hide_env_values = true,
-        value_parser = switch
-    )]
+    #[arg(long)]
     pub(crate) cache_persist: bool,
+    /// How long a model that nobody uses stays loaded, in seconds; 0 = for ever
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) unload_after: Option<u64>,
+    /// Models loaded at once; 0 = no such bound
+    #[arg(long, value_name = "N")]
+    pub(crate) max_models: Option<u64>,
+    /// Bytes that models and caches may take, or a text such as "8 GiB"
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory_budget: Option<String>,
+    /// Models loaded at start and kept, beside those configured so; may be repeated
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) preload: Vec<String>,
+    /// A client started it: `--idle-exit` and `--log-file` hold only where the configuration says nothing
+    #[arg(long, hide = true)]
+    pub(crate) started_by_client: bool,
     /// Leave the engine readable for this user's other processes, so that its memory can be counted
     #[arg(long, hide = true)]
     pub(crate) inspectable: bool,
     /// Descriptor that is written to and closed once the socket accepts connections
     #[arg(long, value_name = "N", hide = true)]
     pub(crate) ready_fd: Option<i32>,
+}
+
+/// Which part of the configuration is looked at.
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArgs {
+    /// Print JSON: {key: {"value": …, "origin": "…"}}
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// What else to do
+    #[command(subcommand)]
+    pub(crate) action: Option<ConfigAction>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigAction {
+    /// Say what is wrong with the configuration; ends with 2 when something is
+    Check {
+        /// Look at this file instead
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the JSON Schema of the configuration file
+    Schema,
+    /// Write a configuration file with every key, commented out
+    Init {
+        /// Where to [default: where it would be read]
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub(crate) command: ModelCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Load a model and wait until it is served
+    Load {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Let go of a model and give its memory back; refused while somebody uses it
+    Unload {
+        /// Model id, alias or folder
+        id: String,
+        /// If it is in use, unload it as soon as it is not
+        #[arg(long, conflicts_with = "force")]
+        when_idle: bool,
+        /// Forget it even if it is in use: who holds it keeps it, who asks next loads it anew
+        #[arg(long)]
+        force: bool,
+    },
+    /// Load a model anew beside the present one and switch; nobody who uses it fails
+    Reload {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds; the reload goes on after it
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Have a model compute something known
+    Health {
+        /// Model id, alias or folder
+        id: String,
+        /// Longest wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u64,
+    },
+    /// Show the models that the broker knows, or one of them
+    List {
+        /// Model id, alias or folder
+        id: Option<String>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -174,6 +284,17 @@ pub(crate) struct StopArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct JsonArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What `doctor` looks at.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Also read every compiled image in the cache and check its hash; damaged ones are removed
+    #[arg(long)]
+    pub(crate) images: bool,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -219,6 +340,15 @@ pub(crate) struct EmbedArgs {
     /// Compute every text, whatever the cache holds, and keep nothing in it
     #[arg(long)]
     pub(crate) no_cache: bool,
+    /// Put the model's prompt of this name before each text [default: the model's own default, if it has one]
+    #[arg(long, value_name = "NAME", conflicts_with = "prompt")]
+    pub(crate) prompt_name: Option<String>,
+    /// Put this before each text
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// Give the first so many numbers of each vector, made of norm one again (for models trained for it)
+    #[arg(long, value_name = "N")]
+    pub(crate) dimensions: Option<usize>,
     /// Texts; `-` (or none) reads stdin
     #[arg(value_name = "TEXT")]
     pub(crate) texts: Vec<String>,
@@ -231,6 +361,151 @@ pub(crate) enum RouteArg {
     Lane,
     /// As frames on the socket, through the broker
     Socket,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SummarizeArgs {
+    /// Model id or folder of a text-to-text model
+    #[arg(long, value_name = "ID", default_value = "google/flan-t5-large")]
+    pub(crate) model: String,
+    /// Longest input in tokens; longer ones are cut
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub(crate) max_input_length: u32,
+    /// Longest summary in tokens
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_output_length: u32,
+    /// Beams of the search
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) num_beams: u32,
+    /// Longest wait for the answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) timeout: u64,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The text; `-` (or none) reads stdin
+    pub(crate) text: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// Model id or folder of a chat or text-to-text model
+    #[arg(long, value_name = "ID")]
+    pub(crate) model: String,
+    /// What the model is told before the prompt (chat models)
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Give the prompt as it is, without the model's chat template
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Longest input in tokens; longer ones are cut [default: what the model reads]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_input_length: Option<u32>,
+    /// Most tokens that are written
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_output_length: u32,
+    /// Beams of the search; with several the text comes whole at the end
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) num_beams: u32,
+    /// Exponent of the length by which a beam's score is divided
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub(crate) length_penalty: f32,
+    /// No run of so many tokens occurs twice; 0 = any may
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) no_repeat_ngram_size: u32,
+    /// Divisor of the scores of tokens that occurred
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub(crate) repetition_penalty: f32,
+    /// Draw tokens at this temperature [default: take the best]
+    #[arg(long, value_name = "X")]
+    pub(crate) temperature: Option<f32>,
+    /// Draw among so many of the best; 0 = among all
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub(crate) top_k: u32,
+    /// Draw among the best that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// With the same seed the same tokens are drawn
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Text at which writing ends; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Longest wait for the whole answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) timeout: u64,
+    /// Print JSON, at the end
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The prompt; `-` (or none) reads stdin
+    pub(crate) prompt: Option<String>,
+}
+
+/// Texts that are compared with a query.
+#[derive(Debug, Args)]
+pub(crate) struct CorpusArgs {
+    /// File with the texts; `-` reads stdin
+    #[arg(long, value_name = "FILE")]
+    pub(crate) corpus: PathBuf,
+    /// How the file is read
+    #[arg(long, value_enum, default_value = "lines")]
+    pub(crate) input: InputFormat,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SimilarArgs {
+    /// What to look for
+    pub(crate) query: String,
+    #[command(flatten)]
+    pub(crate) corpus: CorpusArgs,
+    /// How many results
+    #[arg(short, long = "results", value_name = "N", default_value_t = 5)]
+    pub(crate) k: usize,
+    /// Model id or folder [default: the broker's default model]
+    #[arg(long, value_name = "ID", default_value = "")]
+    pub(crate) model: String,
+    /// Put the model's prompt of this name before the query
+    #[arg(long, value_name = "NAME")]
+    pub(crate) prompt_name: Option<String>,
+    /// Longest wait for an answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RankArgs {
+    /// What the texts are to answer
+    pub(crate) query: String,
+    #[command(flatten)]
+    pub(crate) corpus: CorpusArgs,
+    /// How many results
+    #[arg(short, long = "results", value_name = "N", default_value_t = 10)]
+    pub(crate) k: usize,
+    /// Model id or folder of a reranker
+    #[arg(long, value_name = "ID", default_value = "BAAI/bge-reranker-v2-m3")]
+    pub(crate) model: String,
+    /// Longest wait for an answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ClassifyArgs {
+    /// Model id or folder of a classifier
+    #[arg(long, value_name = "ID")]
+    pub(crate) model: String,
+    /// How stdin is read
+    #[arg(long, value_enum, default_value = "lines")]
+    pub(crate) input: InputFormat,
+    /// Print JSON: every label with its score
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Texts; `-` (or none) reads stdin
+    #[arg(value_name = "TEXT")]
+    pub(crate) texts: Vec<String>,
 }
 
 #[derive(Debug, Args)]

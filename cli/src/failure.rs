@@ -1,11 +1,13 @@
-//! How a command fails: a message for people and one exit code. The only place that maps errors to exit codes.
+//! How a command fails: a message for people, an error body for programs, and one exit code. What the SDK's failures map to is
+//! its own table; what others map to is here.
 
 use broker::BrokerError;
 use doc_pipeline::search::SearchError;
 use doc_pipeline::{PipelineError, StoreError};
 use shm_layout::code::Code;
 use std::process::ExitCode;
-use worker_sdk::SdkError;
+use std::time::Duration;
+use worker_sdk::{About, ErrorBody, ErrorCode, SdkError, row_of_code, row_of_error};
 
 /// Exit codes; documented in `docs/operations.md`. 2 is clap's, for arguments that cannot be understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,7 +15,7 @@ use worker_sdk::SdkError;
 pub(crate) enum Exit {
     /// Something failed that none of the others names.
     Failed = 1,
-    /// Arguments that contradict each other.
+    /// Arguments or settings that cannot be used.
     Usage = 2,
     /// No broker runs, or it went away, or one cannot be started.
     NoBroker = 3,
@@ -42,17 +44,18 @@ impl From<Exit> for ExitCode {
 pub(crate) struct Failure {
     exit: Exit,
     message: Option<String>,
+    body: Option<ErrorBody>,
 }
 
 impl Failure {
     /// A failure that is told on stderr.
     pub(crate) fn new(exit: Exit, message: impl Into<String>) -> Failure {
-        Failure { exit, message: Some(message.into()) }
+        Failure { exit, message: Some(message.into()), body: None }
     }
 
     /// A failure that the command's own output has told already.
     pub(crate) fn told(exit: Exit) -> Failure {
-        Failure { exit, message: None }
+        Failure { exit, message: None, body: None }
     }
 
     pub(crate) fn exit(&self) -> Exit {
@@ -62,44 +65,52 @@ impl Failure {
     pub(crate) fn message(&self) -> Option<&str> {
         self.message.as_deref()
     }
-}
 
-/// The exit code of a protocol code.
-pub(crate) fn exit_of_code(code: Code) -> Exit {
-    match code {
-        Code::ModelNotFound
-        | Code::ModelInvalid
-        | Code::ModelUnsupported
-        | Code::ModelLoadError
-        | Code::ModelUnavailable
-        | Code::DiskFull => Exit::Model,
-        Code::EmptyInput | Code::TooLarge | Code::InvalidUtf8 | Code::BadPayload | Code::OutputTooSmall => {
-            Exit::Input
-        }
-        Code::Overloaded
-        | Code::DeadlineExceeded
-        | Code::LoadTimeout
-        | Code::TooMany
-        | Code::ShuttingDown => Exit::Busy,
-        _ => Exit::Failed,
+    /// The error body as a line of JSON; `None` when the command's own output has told it.
+    pub(crate) fn to_json(&self) -> Option<String> {
+        let message = self.message.clone()?;
+        let body = self.body.clone().unwrap_or_else(|| {
+            let (code, reason) = self.exit.body();
+            ErrorBody {
+                code,
+                message,
+                reason,
+                retryable: self.exit == Exit::Busy,
+                retry_after: Duration::ZERO,
+            }
+        });
+        Some(body.to_json())
     }
 }
 
-fn exit_of_sdk(error: &SdkError) -> Exit {
-    match error {
-        SdkError::NoBroker { .. }
-        | SdkError::StartFailed { .. }
-        | SdkError::Connect(_)
-        | SdkError::Disconnected { .. } => Exit::NoBroker,
-        SdkError::WouldBlock => Exit::Busy,
-        SdkError::Argument(_) => Exit::Usage,
-        other => other.protocol_code().map_or(Exit::Failed, exit_of_code),
+impl Exit {
+    /// The exit code of a number of the SDK's map.
+    fn of_number(number: u8) -> Exit {
+        use Exit::{AlreadyRunning, Busy, CheckFailed, Failed, Input, Model, NoBroker, Partly, Usage};
+        let all = [Failed, Usage, NoBroker, Model, Input, Busy, Partly, CheckFailed, AlreadyRunning];
+        all.into_iter().find(|exit| *exit as u8 == number).unwrap_or(Failed)
+    }
+
+    /// What an error body says of a failure that is not the SDK's.
+    fn body(self) -> (ErrorCode, &'static str) {
+        match self {
+            Exit::Failed => (ErrorCode::EmbeddingError, "FAILED"),
+            Exit::Usage => (ErrorCode::GenerateEmbeddingsError, "BAD_ARGUMENT"),
+            Exit::NoBroker => (ErrorCode::ModelUnavailable, "NO_BROKER"),
+            Exit::Model => (ErrorCode::ModelLoadError, "MODEL_LOAD_ERROR"),
+            Exit::Input => (ErrorCode::GenerateEmbeddingsError, "BAD_INPUT"),
+            Exit::Busy => (ErrorCode::ModelUnavailable, "OVERLOADED"),
+            Exit::Partly => (ErrorCode::EmbeddingError, "PARTLY_DONE"),
+            Exit::CheckFailed => (ErrorCode::EmbeddingError, "CHECK_FAILED"),
+            Exit::AlreadyRunning => (ErrorCode::ModelUnavailable, "ALREADY_RUNNING"),
+        }
     }
 }
 
 impl From<SdkError> for Failure {
     fn from(error: SdkError) -> Failure {
-        Failure::new(exit_of_sdk(&error), error.to_string())
+        let exit = Exit::of_number(row_of_error(&error).exit_code);
+        Failure { body: Some(ErrorBody::of(&error, About::Any)), ..Failure::new(exit, error.to_string()) }
     }
 }
 
@@ -110,6 +121,19 @@ impl From<BrokerError> for Failure {
             _ => Exit::Failed,
         };
         Failure::new(exit, error.to_string())
+    }
+}
+
+impl From<settings::Problems> for Failure {
+    fn from(problems: settings::Problems) -> Failure {
+        let body = ErrorBody {
+            code: row_of_code(Code::ConfigInvalid).code,
+            message: problems.to_string(),
+            reason: Code::ConfigInvalid.name(),
+            retryable: false,
+            retry_after: Duration::ZERO,
+        };
+        Failure { body: Some(body), ..Failure::new(Exit::Usage, problems.to_string()) }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::schedule::Client;
 use shm_layout::code::Code;
 use shm_layout::limits::{ISOLATE_AFTER_ATTEMPTS, MAX_JOB_ATTEMPTS};
 use shm_layout::payload::embeddings_len_bytes;
-use shm_layout::wire::{Operation, Priority};
+use shm_layout::wire::{Operation, Priority, task_does};
 use std::borrow::Cow;
 
 /// What somebody asks for; nothing of it but its shape is checked.
@@ -52,12 +52,21 @@ pub(crate) fn check(offer: Offer, facts: Option<&ModelFacts>, now_ns: u64) -> Re
     let Some(operation) = offer.operation else { return refuse(offer.origin, Code::UnsupportedOperation) };
     let (operation, is_fresh) = match operation {
         Operation::EmbedFresh => (Operation::Embed, true),
+        // Only provided models know it.
+        Operation::Call => return refuse(offer.origin, Code::UnsupportedOperation),
         other => (other, false),
     };
     if offer.deadline_ns != 0 && now_ns >= offer.deadline_ns {
         return refuse(offer.origin, Code::DeadlineExceeded);
     }
     let Some(facts) = facts else { return refuse(offer.origin, Code::ModelUnavailable) };
+    if operation == Operation::Generate {
+        // Such jobs come over the socket, and have a queue of their own.
+        return refuse(offer.origin, Code::UnsupportedOperation);
+    }
+    if !task_does(facts.task, operation) {
+        return refuse(offer.origin, Code::WrongTask);
+    }
     let texts = match Texts::decode(&bytes) {
         Ok(texts) => texts,
         Err(error) => {
@@ -65,8 +74,16 @@ pub(crate) fn check(offer: Offer, facts: Option<&ModelFacts>, now_ns: u64) -> Re
             return Err(Refused { origin: offer.origin, code, message });
         }
     };
+    let (query, texts) = match operation {
+        Operation::Rank if texts.len() < 2 => return refuse(offer.origin, Code::EmptyInput),
+        Operation::Rank => {
+            let (query, texts) = texts.split_first();
+            (Some(query), texts)
+        }
+        _ => (None, texts),
+    };
     // Known before it is computed.
-    if operation == Operation::Embed
+    if operation != Operation::Tokenize
         && embeddings_len_bytes(texts.len(), facts.dim) > offer.output_capacity_bytes
     {
         return refuse(offer.origin, Code::OutputTooSmall);
@@ -82,6 +99,7 @@ pub(crate) fn check(offer: Offer, facts: Option<&ModelFacts>, now_ns: u64) -> Re
             deadline_ns: offer.deadline_ns,
             isolated: offer.attempts >= ISOLATE_AFTER_ATTEMPTS,
             taken_ns: now_ns,
+            query,
             texts,
             permit,
         },
@@ -93,11 +111,13 @@ pub(crate) fn check(offer: Offer, facts: Option<&ModelFacts>, now_ns: u64) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use shm_layout::image::Task;
     use shm_layout::payload::encode_texts;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicUsize};
 
-    const FACTS: ModelFacts = ModelFacts { dim: 4, max_seq_tokens: 32, fingerprint: 9, identity: [9; 32] };
+    const FACTS: ModelFacts =
+        ModelFacts { task: Task::Embed, dim: 4, max_seq_tokens: 32, fingerprint: 9, identity: [9; 32] };
 
     fn offer(bytes: Vec<u8>) -> Offer {
         let held = Arc::new(AtomicUsize::new(0));
@@ -132,6 +152,20 @@ mod tests {
         assert_eq!(code(offer(vec![1, 2, 3])), Code::BadPayload);
         assert_eq!(code(offer(vec![0; 8])), Code::EmptyInput);
         assert_eq!(code(Offer { operation: None, ..good() }), Code::UnsupportedOperation);
+        assert_eq!(
+            code(Offer { operation: Some(Operation::Generate), ..good() }),
+            Code::UnsupportedOperation
+        );
+        assert_eq!(code(Offer { operation: Some(Operation::Rank), ..good() }), Code::WrongTask);
+        let ranks = ModelFacts { task: Task::Classify, ..FACTS };
+        let rank = |texts: &[&str]| {
+            let offer = Offer { operation: Some(Operation::Rank), ..offer(encode_texts(texts).unwrap()) };
+            check(offer, Some(&ranks), 100)
+        };
+        assert_eq!(check(good(), Some(&ranks), 100).unwrap_err().code, Code::WrongTask);
+        assert_eq!(rank(&["query"]).unwrap_err().code, Code::EmptyInput);
+        let job = rank(&["query", "text"]).unwrap();
+        assert_eq!((job.query.as_deref(), job.texts.len(), job.texts.get(0)), (Some("query"), 1, "text"));
         assert_eq!(code(Offer { deadline_ns: 100, ..good() }), Code::DeadlineExceeded);
         assert!(check(Offer { deadline_ns: 101, ..good() }, Some(&FACTS), 100).is_ok());
         assert_eq!(code(Offer { attempts: MAX_JOB_ATTEMPTS, ..good() }), Code::JobCrashedEngine);

@@ -19,6 +19,8 @@ pub(crate) const MAX_FORWARD_TOKENS: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Part<'a> {
     pub(crate) operation: Operation,
+    /// What each text is compared with.
+    pub(crate) query: Option<&'a str>,
     pub(crate) texts: &'a Texts,
     pub(crate) range: Range<usize>,
     /// What the job's texts are found by; empty = each is computed, and nothing is kept.
@@ -68,7 +70,8 @@ enum Source<'a> {
 /// What of a batch must go through the model: each text once, however many ask for it.
 #[derive(Default)]
 struct Plan<'a> {
-    texts: Vec<&'a str>,
+    /// What goes through the model: texts, or pairs with a query.
+    texts: Vec<(Option<&'a str>, &'a str)>,
     keys: Vec<Option<CacheKey>>,
     sources: Vec<Source<'a>>,
     found: usize,
@@ -79,7 +82,7 @@ impl<'a> Plan<'a> {
     fn of(parts: &'a [Part<'a>]) -> Plan<'a> {
         let mut plan = Plan::default();
         let mut places: HashMap<CacheKey, usize> = HashMap::new();
-        for part in parts.iter().filter(|part| part.operation == Operation::Embed) {
+        for part in parts.iter().filter(|part| part.operation != Operation::Tokenize) {
             for text in part.range.clone() {
                 if let Some(Some(vector)) = part.known.get(text) {
                     plan.found += 1;
@@ -93,7 +96,7 @@ impl<'a> Plan<'a> {
                     continue;
                 }
                 let place = plan.texts.len();
-                plan.texts.push(part.texts.get(text));
+                plan.texts.push((part.query, part.texts.get(text)));
                 plan.keys.push(key);
                 plan.sources.push(Source::Computed(place));
                 key.map(|key| places.insert(key, place));
@@ -165,7 +168,11 @@ fn compute_uncaught<C: Compute>(
     let parts = parts
         .iter()
         .map(|part| match part.operation {
-            Operation::Embed | Operation::EmbedFresh => {
+            Operation::Tokenize => {
+                let spans = part.range.clone().map(|text| model.token_spans(part.texts.get(text)));
+                spans.collect::<Result<_, _>>().map(Output::Spans)
+            }
+            _ => {
                 let mut values = Vec::with_capacity(part.range.len() * facts.dim);
                 let mut cached = Vec::with_capacity(part.range.len());
                 for source in sources.by_ref().take(part.range.len()) {
@@ -182,10 +189,6 @@ fn compute_uncaught<C: Compute>(
                     Err(ComputeError::new(Code::BadResult, "a vector holds a number that is not finite"))
                 }
             }
-            Operation::Tokenize => {
-                let spans = part.range.clone().map(|text| model.token_spans(part.texts.get(text)));
-                spans.collect::<Result<_, _>>().map(Output::Spans)
-            }
         })
         .collect();
     let (found, shared) = (plan.found, plan.shared);
@@ -197,7 +200,7 @@ fn compute_uncaught<C: Compute>(
 fn forward_all<C: Compute>(
     model: &C,
     facts: &ModelFacts,
-    texts: &[&str],
+    texts: &[(Option<&str>, &str)],
     breaks: &(dyn Fn() + Sync),
 ) -> Result<(Vec<f32>, u64), ComputeError> {
     if texts.is_empty() {
@@ -206,7 +209,14 @@ fn forward_all<C: Compute>(
     let contradiction = || {
         ComputeError::new(Code::Internal, "the model gave another number of results than it was asked for")
     };
-    let prepared = model.prepare(texts)?;
+    let mut prepared = Vec::with_capacity(texts.len());
+    for alike in texts.chunk_by(|a, b| a.0 == b.0) {
+        let texts: Vec<&str> = alike.iter().map(|(_, text)| *text).collect();
+        prepared.extend(match alike[0].0 {
+            None => model.prepare(&texts)?,
+            Some(query) => model.prepare_pairs(query, &texts)?,
+        });
+    }
     if prepared.len() != texts.len() {
         return Err(contradiction());
     }
@@ -237,10 +247,11 @@ fn forward_all<C: Compute>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::double::Double;
+    use crate::double::{Double, vector_of};
+    use shm_layout::image::Task;
 
     fn part<'a>(operation: Operation, texts: &'a Texts, range: Range<usize>) -> Part<'a> {
-        Part { operation, texts, range, keys: &[], known: &[] }
+        Part { operation, query: None, texts, range, keys: &[], known: &[] }
     }
 
     fn texts(texts: &[&str]) -> Texts {
@@ -269,6 +280,25 @@ mod tests {
         assert_eq!(together.tokens, tokens);
         let expected = b.get(0).split(' ').count();
         assert!(matches!(&together.parts[1], Ok(Output::Spans(spans)) if spans[0].len() == expected));
+    }
+
+    #[test]
+    fn pairs_are_computed_beside_texts() {
+        let model = Double { task: Task::Classify, ..Double::default() };
+        let (a, b) = (texts(&["one", "two"]), texts(&["one"]));
+        let parts = [
+            Part { query: Some("q"), ..part(Operation::Rank, &a, 0..2) },
+            part(Operation::Classify, &b, 0..1),
+            Part { query: Some("r"), ..part(Operation::Rank, &a, 1..2) },
+        ];
+        let computed = compute(&model, &model.facts(), &parts, &|| {}).unwrap();
+        let rows = |part: usize| match &computed.parts[part] {
+            Ok(Output::Rows { values, .. }) => values.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(rows(0), [vector_of("q\u{1}one"), vector_of("q\u{1}two")].concat());
+        assert_eq!((rows(1), rows(2)), (vector_of("one").to_vec(), vector_of("r\u{1}two").to_vec()));
+        assert!(computed.fresh.is_empty());
     }
 
     #[test]

@@ -12,13 +12,20 @@ use crate::schedule::Client;
 use shm_layout::cache::CacheReader;
 use shm_layout::code::Code;
 use shm_layout::limits::{MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES};
-use shm_layout::wire::{BackingKind, CacheDescription, FromEngine, JobFrame, ToEngine};
+use shm_layout::wire::{BackingKind, CacheDescription, FromEngine, JobFrame, Operation, ToEngine};
 use shm_os::Interest;
 use shm_os::cache_mapping::CacheMapping;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// A message as long as a frame's message may be.
+fn cut(mut message: String) -> String {
+    message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+    message
+}
 
 /// The generation's cache, mapped and checked; without it the model is served all the same.
 fn map_cache(generation: u64, cache: CacheDescription, fd: &OwnedFd, facts: &ModelFacts) -> Option<Cache> {
@@ -74,8 +81,10 @@ impl<L: Loader> Host<L> {
             }
             ToEngine::CancelJob { relay_id } => self.cancel_relayed(relay_id),
             ToEngine::Drain => self.drain(),
+            ToEngine::Probe { generation } => self.probe(generation),
             ToEngine::Totals => {
                 self.cache_totals().iter().for_each(|totals| self.link.send(totals));
+                self.link.send(&FromEngine::Metrics(self.counters.measured.report()));
                 self.link.send(&FromEngine::Totals(self.totals()));
             }
         }
@@ -117,8 +126,8 @@ impl<L: Loader> Host<L> {
                     keeper.load(generation, &cache, facts.identity);
                 }
             }
-            Err(ComputeError { code, mut message }) => {
-                message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+            Err(ComputeError { code, message }) => {
+                let message = cut(message);
                 self.link.send(&FromEngine::ModelFailed { generation, code, message });
             }
         }
@@ -207,6 +216,9 @@ impl<L: Loader> Host<L> {
         if draining {
             return self.refuse_all(vec![Refused::new(origin, Code::ShuttingDown)]);
         }
+        if job.operation == Operation::Generate {
+            return self.accept_generation(relay_id, session_id, generation, attempts, job);
+        }
         let bytes = job.payload;
         let permit = Permit::acquire(&self.relayed_bytes, bytes.len(), MAX_RELAYED_INPUT_BYTES);
         let offer = Offer {
@@ -233,6 +245,37 @@ impl<L: Loader> Host<L> {
         state.schedule.remove(relayed.client, relayed.priority, relayed.key);
         drop(guard);
         self.give_up(job, Code::Cancelled, &mut Wakes::default());
+    }
+
+    /// Computes something known on a thread of its own, which ends with it: this one goes on reading.
+    fn probe(&self, generation: u64) {
+        let probed = move |code, message: String, probe_us| {
+            let message = cut(message);
+            FromEngine::Probed { generation, code, message, probe_us }
+        };
+        let Some(served) = self.state().models.get(&generation).cloned() else {
+            let message = "the engine does not serve this model".to_owned();
+            return self.link.send(&probed(Code::ModelUnavailable, message, 0));
+        };
+        let link = Arc::clone(&self.link);
+        let compute = move || {
+            let begun = Instant::now();
+            let outcome = catch_unwind(AssertUnwindSafe(|| served.model.probe())).unwrap_or_else(|_| {
+                Err(ComputeError::new(Code::BadResult, "computing something known panicked"))
+            });
+            let probe_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let message = match outcome {
+                Ok(()) => probed(Code::Ok, String::new(), probe_us),
+                Err(ComputeError { code, message }) => probed(code, message, probe_us),
+            };
+            link.send(&message);
+        };
+        if let Err(error) = std::thread::Builder::new().name("probe".into()).spawn(compute) {
+            let message = format!("no thread for a health check: {error}");
+            let message = cut(message);
+            let code = Code::Internal;
+            self.link.send(&FromEngine::Probed { generation, code, message, probe_us: 0 });
+        }
     }
 
     /// Takes what the lanes hold now as accepted; what comes later stays in the lanes for the next engine.

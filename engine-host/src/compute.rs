@@ -2,14 +2,17 @@
 //! without a model. No lane, no queue and no schedule is known here.
 
 use shm_layout::code::Code;
-use shm_layout::wire::BackingKind;
+use shm_layout::image::Task;
+use shm_layout::wire::{BackingKind, FinishReason, GenerateRequest};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 /// What the host must know of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelFacts {
-    /// Numbers in a vector, at least 1.
+    /// What the model is for.
+    pub task: Task,
+    /// Numbers in a vector, or scores of a text; at least 1.
     pub dim: usize,
     /// Longest input in tokens, special tokens counted; longer texts are cut.
     pub max_seq_tokens: usize,
@@ -47,10 +50,37 @@ pub struct Vectors {
     pub values: Vec<f32>,
 }
 
+/// A text that is being generated. Dropping it gives its memory back.
+pub trait Generating: Send {
+    /// Whether nothing more comes.
+    fn is_done(&self) -> bool;
+
+    /// What was written since the last call, whole characters; may be empty although more is known already.
+    fn take_text(&mut self) -> String;
+
+    /// The whole text so far.
+    fn text(&self) -> String;
+
+    /// The tokens so far.
+    fn token_ids(&self) -> &[u32];
+
+    /// Why it ended; `None` while it goes on.
+    fn finish(&self) -> Option<FinishReason>;
+
+    /// Tokens of the prompt, as far as the model reads it.
+    fn prompt_tokens(&self) -> usize;
+
+    /// Tokens that were generated, the one that ended it counted.
+    fn output_tokens(&self) -> usize;
+}
+
 /// A loaded model. It may panic: the host catches it and asks [`Compute::probe`] before it goes on.
 pub trait Compute: Send + Sync + 'static {
     /// A text made ready: its token ids.
     type Prepared;
+
+    /// A text that is being generated.
+    type Run: Generating;
 
     /// What the model is; the same at every call.
     fn facts(&self) -> ModelFacts;
@@ -60,6 +90,24 @@ pub trait Compute: Send + Sync + 'static {
     /// # Errors
     /// [`ComputeError`] for all of them.
     fn prepare(&self, texts: &[&str]) -> Result<Vec<Self::Prepared>, ComputeError>;
+
+    /// As [`Compute::prepare`] for pairs of `query` and each of `texts`. Only of models that classify.
+    ///
+    /// # Errors
+    /// [`ComputeError`] for all of them.
+    fn prepare_pairs(&self, query: &str, texts: &[&str]) -> Result<Vec<Self::Prepared>, ComputeError>;
+
+    /// Begins to generate. Only of models that write.
+    ///
+    /// # Errors
+    /// [`ComputeError`]: settings out of range, a prompt that cannot be used, no memory for it.
+    fn begin(&self, request: &GenerateRequest) -> Result<Self::Run, ComputeError>;
+
+    /// Goes on with each by a step, a token or a part of its prompt. What one of them becomes must not depend on its company.
+    ///
+    /// # Errors
+    /// [`ComputeError`] for all of them.
+    fn step(&self, runs: &mut [&mut Self::Run]) -> Result<(), ComputeError>;
 
     /// Tokens of a prepared text, special tokens counted.
     fn tokens(prepared: &Self::Prepared) -> usize;

@@ -1,7 +1,9 @@
 //! A model for tests: cheap, deterministic, and able to misbehave on request. Shared with the integration tests.
 
-use crate::compute::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
+use crate::compute::{Compute, ComputeError, Generating, Loader, ModelFacts, ReceivedImage, Vectors};
 use shm_layout::code::Code;
+use shm_layout::image::Task;
+use shm_layout::wire::{FinishReason, GeneratePrompt, GenerateRequest};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -87,13 +89,106 @@ pub(crate) struct Double {
     pub(crate) broken: Arc<AtomicBool>,
     /// Says on standard output that a pass begins: for tests that kill this process in the middle of one.
     pub(crate) says_passes: bool,
+    /// What it is for.
+    pub(crate) task: Task,
+    /// The sizes of the batches of every step, in order.
+    pub(crate) steps: Arc<Mutex<Vec<usize>>>,
+}
+
+/// Writes its prompt word by word, over and over: as many words as are asked for, or up to the word `END`.
+#[derive(Debug)]
+pub(crate) struct Recital {
+    words: Vec<String>,
+    written: Vec<String>,
+    taken: usize,
+    max_words: usize,
+    finish: Option<FinishReason>,
+    ids: Vec<u32>,
+}
+
+impl Generating for Recital {
+    fn is_done(&self) -> bool {
+        self.finish.is_some()
+    }
+
+    fn take_text(&mut self) -> String {
+        let text = self.written[self.taken..].concat();
+        self.taken = self.written.len();
+        text
+    }
+
+    fn text(&self) -> String {
+        self.written.concat()
+    }
+
+    fn token_ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    fn finish(&self) -> Option<FinishReason> {
+        self.finish
+    }
+
+    fn prompt_tokens(&self) -> usize {
+        self.words.len()
+    }
+
+    fn output_tokens(&self) -> usize {
+        self.written.len()
+    }
 }
 
 impl Compute for Double {
     type Prepared = String;
+    type Run = Recital;
+
+    fn prepare_pairs(&self, query: &str, texts: &[&str]) -> Result<Vec<String>, ComputeError> {
+        Ok(texts.iter().map(|text| format!("{query}\u{1}{text}")).collect())
+    }
+
+    fn begin(&self, request: &GenerateRequest) -> Result<Recital, ComputeError> {
+        let GeneratePrompt::Text(text) = &request.prompt else {
+            return Err(ComputeError::new(Code::BadPayload, "no template"));
+        };
+        Ok(Recital {
+            words: text.split(' ').map(str::to_owned).collect(),
+            written: Vec::new(),
+            taken: 0,
+            max_words: request.settings.max_output_tokens as usize,
+            finish: None,
+            ids: Vec::new(),
+        })
+    }
+
+    fn step(&self, runs: &mut [&mut Recital]) -> Result<(), ComputeError> {
+        self.steps.lock().unwrap().push(runs.len());
+        for run in runs {
+            let word = run.words[run.written.len() % run.words.len()].clone();
+            match word.as_str() {
+                "PANIC" => panic!("asked to panic"),
+                "REFUSE" => return Err(ComputeError::new(Code::BadPayload, "asked to refuse")),
+                "ABORT" => std::process::abort(),
+                "GATE" => self.gate.pass(),
+                "END" => run.finish = Some(FinishReason::Stop),
+                _ => {}
+            }
+            run.ids.push(word.len() as u32);
+            run.written.push(word + " ");
+            if run.finish.is_none() && run.written.len() >= run.max_words {
+                run.finish = Some(FinishReason::Length);
+            }
+        }
+        Ok(())
+    }
 
     fn facts(&self) -> ModelFacts {
-        ModelFacts { dim: DIM, max_seq_tokens: MAX_SEQ_TOKENS, fingerprint: FINGERPRINT, identity: IDENTITY }
+        ModelFacts {
+            task: self.task,
+            dim: DIM,
+            max_seq_tokens: MAX_SEQ_TOKENS,
+            fingerprint: FINGERPRINT,
+            identity: IDENTITY,
+        }
     }
 
     fn prepare(&self, texts: &[&str]) -> Result<Vec<String>, ComputeError> {
@@ -164,6 +259,9 @@ pub(crate) struct DoubleLoader {
 /// An image of this size is refused.
 #[allow(dead_code, reason = "each test target uses its part")]
 pub(crate) const REFUSED_IMAGE_BYTES: u64 = 13;
+/// An image of this size is a model that writes.
+#[allow(dead_code, reason = "each test target uses its part")]
+pub(crate) const WRITING_IMAGE_BYTES: u64 = 15;
 /// Loading an image of this size panics.
 #[allow(dead_code, reason = "each test target uses its part")]
 pub(crate) const PANICKING_IMAGE_BYTES: u64 = 14;
@@ -175,6 +273,7 @@ impl Loader for DoubleLoader {
         match image.len_bytes {
             REFUSED_IMAGE_BYTES => Err(ComputeError::new(Code::ModelInvalid, "asked to refuse")),
             PANICKING_IMAGE_BYTES => panic!("asked to panic"),
+            WRITING_IMAGE_BYTES => Ok(Double { task: Task::TextToText, ..self.model.clone() }),
             _ => Ok(self.model.clone()),
         }
     }

@@ -1,11 +1,13 @@
-//! The crate `engine` behind the host's traits: maps an image and computes on its pages.
+//! The crate `engine` behind the host's traits: maps an image and computes on its pages, whether it holds a model that reads
+//! texts or one that writes them.
 
-use crate::compute::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
+use crate::compute::{Compute, ComputeError, Generating, Loader, ModelFacts, ReceivedImage, Vectors};
+use engine::{ChatMessage, FinishReason, GenerateOptions, Generation, Generator, Prompt};
 use engine::{EncodedText, Model, ModelError};
 use shm_layout::cache::saved_identity;
 use shm_layout::code::Code;
-use shm_layout::image::ImageBytes;
-use shm_layout::wire;
+use shm_layout::image::{CheckedImage, ImageBytes, Task};
+use shm_layout::wire::{self, GeneratePrompt, GenerateRequest, GenerateSettings};
 use shm_os::ReadOnlyMapping;
 use shm_os::image_backing::{BackingKind, map_published};
 use std::ops::Range;
@@ -26,11 +28,28 @@ impl ImageBytes for MappedImage {
     }
 }
 
+/// What computes.
+enum Kind {
+    /// Texts to vectors or scores.
+    Reader(Box<Model>),
+    /// Texts to texts.
+    Writer(Box<Generator>),
+}
+
 /// A model on its mapped image.
-#[derive(Debug)]
 pub(crate) struct EngineModel {
-    model: Model,
+    kind: Kind,
     image: Arc<MappedImage>,
+}
+
+impl std::fmt::Debug for EngineModel {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("EngineModel").field("facts", &self.facts()).finish_non_exhaustive()
+    }
+}
+
+fn wrong_task() -> ComputeError {
+    ComputeError::new(Code::WrongTask, "the model is not for this")
 }
 
 impl EngineModel {
@@ -43,6 +62,20 @@ impl EngineModel {
             ));
         }
         Ok(())
+    }
+
+    fn reader(&self) -> Result<&Model, ComputeError> {
+        match &self.kind {
+            Kind::Reader(model) => Ok(model),
+            Kind::Writer(_) => Err(wrong_task()),
+        }
+    }
+
+    fn writer(&self) -> Result<&Generator, ComputeError> {
+        match &self.kind {
+            Kind::Writer(model) => Ok(model),
+            Kind::Reader(_) => Err(wrong_task()),
+        }
     }
 }
 
@@ -61,36 +94,138 @@ impl Loader for EngineLoader {
         })?;
         mapping.exclude_from_dumps();
         let image = Arc::new(MappedImage(mapping));
-        let model = Model::load(Arc::clone(&image) as Arc<dyn ImageBytes>).map_err(|error| {
+        let bytes = || Arc::clone(&image) as Arc<dyn ImageBytes>;
+        let unusable = |error: &dyn std::fmt::Display| {
             ComputeError::new(Code::ModelInvalid, format!("the engine cannot use the image: {error}"))
-        })?;
-        let loaded = EngineModel { model, image };
+        };
+        let task =
+            CheckedImage::new(image.as_bytes()).map_err(|error| unusable(&error))?.header().values().task;
+        let kind = match task {
+            Task::Embed | Task::Classify => {
+                Kind::Reader(Box::new(Model::load(bytes()).map_err(|error| unusable(&error))?))
+            }
+            Task::TextToText | Task::Chat => {
+                Kind::Writer(Box::new(Generator::load(bytes()).map_err(|error| unusable(&error))?))
+            }
+        };
+        let loaded = EngineModel { kind, image };
         // Builds the tokenizer, shows that the model computes, and is what later probes are compared with.
         loaded.probe()?;
         Ok(loaded)
     }
 }
 
+impl Generating for Generation {
+    fn is_done(&self) -> bool {
+        self.is_done()
+    }
+
+    fn take_text(&mut self) -> String {
+        self.take_text()
+    }
+
+    fn text(&self) -> String {
+        self.text()
+    }
+
+    fn token_ids(&self) -> &[u32] {
+        self.token_ids()
+    }
+
+    fn finish(&self) -> Option<wire::FinishReason> {
+        self.finish_reason().map(|reason| match reason {
+            FinishReason::Stop => wire::FinishReason::Stop,
+            FinishReason::Length => wire::FinishReason::Length,
+        })
+    }
+
+    fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens()
+    }
+
+    fn output_tokens(&self) -> usize {
+        self.output_tokens()
+    }
+}
+
+fn options(settings: &GenerateSettings) -> GenerateOptions {
+    GenerateOptions {
+        max_input_tokens: settings.max_input_tokens.map(|tokens| tokens as usize),
+        max_output_tokens: settings.max_output_tokens as usize,
+        min_output_tokens: settings.min_output_tokens as usize,
+        num_beams: settings.num_beams as usize,
+        early_stopping: settings.early_stopping,
+        length_penalty: settings.length_penalty,
+        no_repeat_ngram_size: settings.no_repeat_ngram_size as usize,
+        repetition_penalty: settings.repetition_penalty,
+        do_sample: settings.do_sample,
+        temperature: settings.temperature,
+        top_k: settings.top_k as usize,
+        top_p: settings.top_p,
+        seed: settings.seed,
+        stop: settings.stop.clone(),
+    }
+}
+
 impl Compute for EngineModel {
     type Prepared = EncodedText;
+    type Run = Generation;
+
+    fn prepare_pairs(&self, query: &str, texts: &[&str]) -> Result<Vec<EncodedText>, ComputeError> {
+        self.reader()?.encode_pairs(query, texts).map_err(|error| refusal(&error))
+    }
+
+    fn begin(&self, request: &GenerateRequest) -> Result<Generation, ComputeError> {
+        let options = options(&request.settings);
+        let begun = match &request.prompt {
+            GeneratePrompt::Text(text) => self.writer()?.begin(&Prompt::Text(text), &options),
+            GeneratePrompt::Chat(messages) => {
+                let message = |message: &wire::ChatMessage| ChatMessage {
+                    role: message.role.clone(),
+                    content: message.content.clone(),
+                };
+                let messages: Vec<ChatMessage> = messages.iter().map(message).collect();
+                self.writer()?.begin(&Prompt::Chat(&messages), &options)
+            }
+        };
+        // One client's affair alone: its own words say what to change.
+        begun.map_err(|error| refusal_to_one(&error))
+    }
+
+    fn step(&self, runs: &mut [&mut Generation]) -> Result<(), ComputeError> {
+        self.writer()?.step(runs).map_err(|error| refusal(&error))?;
+        self.check_image()
+    }
 
     fn facts(&self) -> ModelFacts {
-        let info = self.model.info();
+        let (task, dim, max_seq_tokens, fingerprint, content_hash, cpu_path) = match &self.kind {
+            Kind::Reader(model) => {
+                let info = model.info();
+                let dims = (info.task, info.output_dim, info.max_seq_tokens);
+                (dims.0, dims.1, dims.2, info.fingerprint, info.content_hash, info.cpu_path)
+            }
+            Kind::Writer(model) => {
+                let info = model.info();
+                // It gives no vectors; one number is the least that a vector may have.
+                (info.task, 1, info.max_input_tokens, info.fingerprint, info.content_hash, info.cpu_path)
+            }
+        };
         ModelFacts {
-            dim: info.output_dim,
-            max_seq_tokens: info.max_seq_tokens,
-            fingerprint: info.fingerprint,
+            task,
+            dim,
+            max_seq_tokens,
+            fingerprint,
             // Another version of this program may compute other last bits.
             identity: saved_identity(&[
-                &info.content_hash,
-                info.cpu_path.as_bytes(),
+                &content_hash,
+                cpu_path.as_bytes(),
                 env!("CARGO_PKG_VERSION").as_bytes(),
             ]),
         }
     }
 
     fn prepare(&self, texts: &[&str]) -> Result<Vec<EncodedText>, ComputeError> {
-        self.model.encode(texts).map_err(|error| refusal(&error))
+        self.reader()?.encode(texts).map_err(|error| refusal(&error))
     }
 
     fn tokens(prepared: &EncodedText) -> usize {
@@ -110,19 +245,36 @@ impl Compute for EngineModel {
         prepared: &[&EncodedText],
         breaks: &(dyn Fn() + Sync),
     ) -> Result<Vectors, ComputeError> {
-        let embeddings = self.model.forward_with_breaks(prepared, breaks).map_err(|error| refusal(&error))?;
+        let embeddings =
+            self.reader()?.forward_with_breaks(prepared, breaks).map_err(|error| refusal(&error))?;
         self.check_image()?;
         Ok(Vectors { dim: embeddings.dim, values: embeddings.values })
     }
 
     fn token_spans(&self, text: &str) -> Result<Vec<Range<usize>>, ComputeError> {
-        self.model.token_spans(text).map_err(|error| refusal(&error))
+        self.reader()?.token_spans(text).map_err(|error| refusal(&error))
     }
 
     fn probe(&self) -> Result<(), ComputeError> {
-        self.model.probe().map_err(|error| ComputeError::new(Code::ModelInvalid, error.to_string()))?;
+        let probed = match &self.kind {
+            Kind::Reader(model) => model.probe(),
+            Kind::Writer(model) => model.probe(),
+        };
+        probed.map_err(|error| ComputeError::new(Code::ModelInvalid, error.to_string()))?;
         self.check_image()
     }
+}
+
+/// What the one client is told that asked for a text.
+fn refusal_to_one(error: &ModelError) -> ComputeError {
+    let code = match error {
+        ModelError::Option { .. } | ModelError::Template { .. } | ModelError::TokenCount { .. } => {
+            Code::BadPayload
+        }
+        ModelError::KvMemory { .. } => Code::Overloaded,
+        other => return refusal(other),
+    };
+    ComputeError::new(code, error.to_string())
 }
 
 /// What a client is told. Not the engine's own words: its text numbers count in the batch, where other clients' texts

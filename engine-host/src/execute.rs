@@ -50,8 +50,11 @@ impl<L: Loader> Host<L> {
     pub(crate) fn next_work(&self, moment: Moment) -> Option<Work<L::Model>> {
         let mut given_up = Vec::new();
         let mut guard = self.state();
-        let State { schedule, jobs, models, computing, .. } = &mut *guard;
+        let State { schedule, jobs, models, computing, generator_waits, .. } = &mut *guard;
         if *computing != (moment == Moment::Break) || self.is_stopped() {
+            return None;
+        }
+        if moment == Moment::Free && *generator_waits {
             return None;
         }
         let is_cancelled = |key| jobs.get(&key).is_some_and(Job::is_cancelled);
@@ -109,6 +112,7 @@ impl<L: Loader> Host<L> {
             .iter()
             .map(|(job, range)| Part {
                 operation: job.operation,
+                query: job.query.as_deref(),
                 texts: &job.texts,
                 range: range.clone(),
                 keys: &job.keys,
@@ -216,6 +220,9 @@ impl<L: Loader> Host<L> {
         let state = &mut *guard;
         if moment == Moment::Free {
             state.computing = false;
+            if state.generator_waits {
+                self.compute_free.notify_one();
+            }
             state.schedule.batch_done(batch, elapsed_us);
         }
         for job in after {

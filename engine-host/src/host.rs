@@ -10,9 +10,11 @@ use crate::accept::{Offer, Refused, check};
 use crate::breaks::Breaks;
 use crate::cache::Cache;
 use crate::compute::{ComputeError, Loader, ModelFacts};
+use crate::generate::Generator;
 use crate::job::{Job, Origin, message_of};
 use crate::lane::{Lane, Taken};
 use crate::link::{Farewell, Link};
+use crate::measured::{Measured, REPORT_EVERY_JOBS};
 use crate::persist::Keeper;
 use crate::schedule::{Client, JobKey, Schedule};
 use shm_layout::code::Code;
@@ -67,8 +69,12 @@ pub(crate) struct State<C> {
     pub(crate) unarmed: VecDeque<u64>,
     pub(crate) relayed: HashMap<u64, Relayed>,
     pub(crate) models: HashMap<u64, Arc<Served<C>>>,
-    /// A batch is being computed.
+    /// A batch is being computed, or text is being generated.
     pub(crate) computing: bool,
+    /// The thread that generates waits for its turn: the next that is free to compute is its.
+    pub(crate) generator_waits: bool,
+    /// Texts that are being generated or wait for it.
+    pub(crate) generations: usize,
     /// Threads that hold jobs which are in no queue yet.
     pub(crate) accepting: usize,
     /// Nothing new is taken.
@@ -82,6 +88,7 @@ pub(crate) struct Counters {
     pub(crate) texts: AtomicU64,
     pub(crate) tokens: AtomicU64,
     pub(crate) errors: AtomicU64,
+    pub(crate) measured: Measured,
 }
 
 /// Everything of one engine process.
@@ -94,6 +101,9 @@ pub(crate) struct Host<L: Loader> {
     state: Mutex<State<L::Model>>,
     pub(crate) counters: Counters,
     pub(crate) breaks: Breaks,
+    pub(crate) generator: Generator<L::Model>,
+    /// Told when a batch is done and the thread that generates waits.
+    pub(crate) compute_free: Condvar,
     pub(crate) relayed_bytes: Arc<AtomicUsize>,
     /// Keeps caches over restarts, where that is wanted.
     pub(crate) keeper: Option<Keeper>,
@@ -143,11 +153,15 @@ impl<L: Loader> Host<L> {
                 relayed: HashMap::new(),
                 models: HashMap::new(),
                 computing: false,
+                generator_waits: false,
+                generations: 0,
                 accepting: 0,
                 draining: false,
             }),
             counters: Counters::default(),
             breaks: Breaks::default(),
+            generator: Generator::default(),
+            compute_free: Condvar::new(),
             relayed_bytes: Arc::default(),
             keeper: None,
             stopped: AtomicBool::new(false),
@@ -169,6 +183,10 @@ impl<L: Loader> Host<L> {
         }
         self.ended.notify_all();
         drop(slot);
+        // Whoever waits under these locks looks again.
+        drop(self.state());
+        self.compute_free.notify_all();
+        self.generator.wake();
         self.wake_a_thread();
     }
 
@@ -200,6 +218,7 @@ impl<L: Loader> Host<L> {
         let state = self.state();
         let is_done = state.draining
             && !state.computing
+            && state.generations == 0
             && state.accepting == 0
             && state.jobs.is_empty()
             && state.schedule.queued_jobs() == 0;
@@ -305,9 +324,13 @@ impl<L: Loader> Host<L> {
         (queue_us, execution_us): (u32, u32),
         wakes: &mut Wakes,
     ) {
-        self.counters.jobs.fetch_add(1, Ordering::Relaxed);
+        let before = self.counters.jobs.fetch_add(1, Ordering::Relaxed);
         if code != Code::Ok {
             self.counters.errors.fetch_add(1, Ordering::Relaxed);
+        }
+        self.counters.measured.answered(code, queue_us, execution_us);
+        if (before + 1).is_multiple_of(REPORT_EVERY_JOBS) {
+            self.link.send(&FromEngine::Metrics(self.counters.measured.report()));
         }
         match origin {
             Origin::Lane { lane, job } => {

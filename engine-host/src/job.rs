@@ -44,6 +44,14 @@ impl Texts {
         Ok(Texts { all: texts.concat(), ends })
     }
 
+    /// Takes the first one away.
+    pub(crate) fn split_first(mut self) -> (String, Texts) {
+        let rest = self.all.split_off(self.ends.first().copied().unwrap_or_default());
+        let first_bytes = self.all.len();
+        let ends = self.ends.into_iter().skip(1).map(|end| end - first_bytes).collect();
+        (self.all, Texts { all: rest, ends })
+    }
+
     /// How many.
     pub(crate) fn len(&self) -> usize {
         self.ends.len()
@@ -57,15 +65,20 @@ impl Texts {
 
     /// Estimated cost of each, in units of about one token's way through the model; at least 1. Estimated, because
     /// tokens are counted only when the text's turn comes; the measured time per unit makes up for what is off.
-    pub(crate) fn costs(&self, operation: Operation, max_seq_tokens: usize) -> Arc<[u32]> {
+    pub(crate) fn costs(
+        &self,
+        operation: Operation,
+        query_bytes: usize,
+        max_seq_tokens: usize,
+    ) -> Arc<[u32]> {
         (0..self.len())
             .map(|index| {
-                let len_bytes = self.get(index).len();
+                let len_bytes = query_bytes + self.get(index).len();
                 let model = match operation {
-                    Operation::Embed => {
+                    Operation::Embed | Operation::Rank | Operation::Classify => {
                         (SPECIAL_TOKENS + len_bytes.div_ceil(BYTES_PER_TOKEN)).min(max_seq_tokens.max(1))
                     }
-                    Operation::Tokenize | Operation::EmbedFresh => 1,
+                    Operation::Tokenize | Operation::EmbedFresh | Operation::Call | Operation::Generate => 1,
                 };
                 // A text has at most MAX_TEXT_BYTES, so this fits.
                 (model + len_bytes / TOKENIZED_BYTES_PER_COST) as u32
@@ -111,6 +124,8 @@ pub(crate) struct Job {
     pub(crate) priority: Priority,
     pub(crate) generation: u64,
     pub(crate) deadline_ns: u64,
+    /// What each text is compared with.
+    pub(crate) query: Option<String>,
     pub(crate) texts: Texts,
     /// Whether it must share no batch.
     pub(crate) isolated: bool,
@@ -145,6 +160,7 @@ pub(crate) struct Arrival {
     pub(crate) deadline_ns: u64,
     pub(crate) isolated: bool,
     pub(crate) taken_ns: u64,
+    pub(crate) query: Option<String>,
     pub(crate) texts: Texts,
     pub(crate) permit: Permit,
 }
@@ -152,10 +168,11 @@ pub(crate) struct Arrival {
 impl Job {
     /// Takes a job on; the key is given when it is queued.
     pub(crate) fn new(arrival: Arrival, facts: &ModelFacts) -> Job {
-        let costs = arrival.texts.costs(arrival.operation, facts.max_seq_tokens);
+        let query_bytes = arrival.query.as_ref().map_or(0, String::len);
+        let costs = arrival.texts.costs(arrival.operation, query_bytes, facts.max_seq_tokens);
         let gathered = match arrival.operation {
-            Operation::Embed | Operation::EmbedFresh => Gathered::Rows(Vec::new(), Vec::new()),
             Operation::Tokenize => Gathered::Spans(Vec::new()),
+            _ => Gathered::Rows(Vec::new(), Vec::new()),
         };
         Job {
             key: 0,
@@ -165,6 +182,7 @@ impl Job {
             priority: arrival.priority,
             generation: arrival.generation,
             deadline_ns: arrival.deadline_ns,
+            query: arrival.query,
             texts: arrival.texts,
             isolated: arrival.isolated,
             taken_ns: arrival.taken_ns,
@@ -295,7 +313,11 @@ pub(crate) fn message_of(code: Code) -> &'static str {
             "the inputs of this client's unanswered jobs are over the limit; wait for answers first"
         }
         Code::ShuttingDown => "the engine is on its way out",
-        Code::UnsupportedOperation => "this version does not know the operation",
+        Code::UnsupportedOperation => "this version does not know the operation, or not on this route",
+        Code::WrongTask => {
+            "the model is not for this: embedding models embed, rerankers and classifiers rank and classify, and text is \
+             written by text-to-text and chat models; name another model"
+        }
         Code::OutputTooSmall => "the answer does not fit into the room given for it; send fewer texts a job",
         _ => "",
     }
@@ -313,15 +335,18 @@ mod tests {
         assert_eq!(texts.len(), given.len());
         assert_eq!((0..texts.len()).map(|i| texts.get(i)).collect::<Vec<_>>(), given);
         assert!(Texts::decode(b"nonsense").is_err());
+        let (first, rest) = Texts::decode(&encode_texts(&given[1..]).unwrap()).unwrap().split_first();
+        assert_eq!(first, "a");
+        assert_eq!((0..rest.len()).map(|i| rest.get(i)).collect::<Vec<_>>(), given[2..]);
     }
 
     #[test]
     fn costs_are_bounded_by_the_model_and_count_tokenization() {
         let long = "x".repeat(400_000);
         let texts = Texts::decode(&encode_texts(&["", "sixteen bytes ab", &long]).unwrap()).unwrap();
-        let embed = texts.costs(Operation::Embed, 256);
+        let embed = texts.costs(Operation::Embed, 0, 256);
         assert_eq!(embed[..2], [2, 6]);
         assert!(embed[2] > 256 && embed[2] < 256 + 2000);
-        assert_eq!(texts.costs(Operation::Tokenize, 256)[..2], [1, 1]);
+        assert_eq!(texts.costs(Operation::Tokenize, 0, 256)[..2], [1, 1]);
     }
 }

@@ -10,6 +10,7 @@
 //! | `schedule` | which texts are computed next: pure, simulated in its tests |
 //! | `cache` | what is looked up before it is computed, and sent to the broker afterwards |
 //! | `persist` | saved vectors: read when a model comes, written now and then and at the end, on a thread of its own |
+//! | `generate` | text that is being written: a queue of its own, a token for each in turn |
 //! | `batch`, `execute` | one batch: computed with its failures contained; its jobs answered or put back |
 //! | [`Compute`], [`Loader`] | what is needed of whatever computes |
 //!
@@ -37,15 +38,17 @@ mod compute;
 mod double;
 mod engine_model;
 mod execute;
+mod generate;
 mod host;
 mod job;
 mod lane;
 mod link;
+mod measured;
 mod persist;
 mod schedule;
 mod worker;
 
-pub use compute::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
+pub use compute::{Compute, ComputeError, Generating, Loader, ModelFacts, ReceivedImage, Vectors};
 
 use host::Host;
 use persist::Keeper;
@@ -158,13 +161,15 @@ pub fn run_with<L: Loader>(link: OwnedFd, loader: L, options: HostOptions) -> Re
     }
     let host = Arc::new(host);
     host.link.send(&FromEngine::Ready { threads: u32::try_from(options.threads()).unwrap_or(u32::MAX) });
-    for name in ["engine-a", "engine-b"] {
+    for (name, generates) in [("engine-a", false), ("engine-b", false), ("engine-text", true)] {
         let host = Arc::clone(&host);
         std::thread::Builder::new()
             .name(name.into())
             .spawn(move || {
                 // Its state may be half changed: nothing goes on after that.
-                if catch_unwind(AssertUnwindSafe(|| host.work())).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| if generates { host.generate() } else { host.work() }))
+                    .is_err()
+                {
                     host.stop(Err(HostError::Panicked));
                 }
             })

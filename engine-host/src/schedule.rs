@@ -152,6 +152,11 @@ impl Schedule {
         self.queued_jobs
     }
 
+    /// Somebody waits for something that is computed elsewhere: bulk is cut short as for interactive work.
+    pub(crate) fn interactive_is_about(&mut self, now_ns: u64) {
+        self.last_interactive_ns = Some(now_ns);
+    }
+
     /// Queues a job behind those of its client.
     pub(crate) fn push(&mut self, ask: Ask, now_ns: u64) {
         self.insert(ask, now_ns, VecDeque::push_back);

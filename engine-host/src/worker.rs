@@ -68,7 +68,7 @@ impl<L: Loader> Host<L> {
     }
 
     /// Gives each unarmed lane one turn, unless a batch is being computed; true when there was any.
-    fn look_at_lanes(&self) -> bool {
+    pub(crate) fn look_at_lanes(&self) -> bool {
         let (mut turns, mut has_looked) = (None, false);
         let mut taken: Vec<Taken> = Vec::new();
         loop {

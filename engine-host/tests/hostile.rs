@@ -5,7 +5,9 @@ mod common;
 
 /// Where the double finds the traits.
 mod compute {
-    pub(crate) use engine_host::{Compute, ComputeError, Loader, ModelFacts, ReceivedImage, Vectors};
+    pub(crate) use engine_host::{
+        Compute, ComputeError, Generating, Loader, ModelFacts, ReceivedImage, Vectors,
+    };
 }
 
 use common::{Client, Rig};

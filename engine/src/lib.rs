@@ -19,6 +19,7 @@ mod kernel;
 pub mod model;
 mod packing;
 mod threads;
+pub mod unigram;
 mod verify;
 pub mod wordpiece;
 
@@ -27,6 +28,6 @@ pub use generate::{
     ChatMessage, FinishReason, GenerateOptions, Generated, Generation, Generator, GeneratorInfo, Prompt,
 };
 pub use kernel::{CPU_PATH_VARIABLE, has_native_bf16};
-pub use model::{Embeddings, EncodedText, Model, ModelError, ModelInfo};
+pub use model::{Embeddings, EncodedText, ImageFacts, Model, ModelError, ModelInfo, describe};
 pub use threads::{ThreadsError, on_this_thread, set_threads, threads};
 pub use verify::{VerifyError, verify_image};

@@ -3,7 +3,7 @@
 //! `BLESS=1 cargo test -p engine --test corpus` writes the seeds anew; inputs that fuzzing found lie beside them.
 
 #[allow(dead_code, unreachable_pub)]
-#[path = "../src/config.rs"]
+#[path = "../src/config/mod.rs"]
 mod config;
 #[allow(dead_code, unreachable_pub)]
 #[path = "../src/json.rs"]

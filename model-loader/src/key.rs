@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Compiler output that is laid out the same but computed differently needs another number here.
-const COMPILER_VERSION: u32 = 2;
+const COMPILER_VERSION: u32 = 3;
 /// Most entries of a model folder that are looked at; a folder with more is no model folder.
 const MAX_ENTRIES: usize = 4096;
 /// Deepest folder inside a model folder that is looked at (`1_Pooling/config.json` lies at 2).

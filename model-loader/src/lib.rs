@@ -4,19 +4,24 @@
 //! ```text
 //! reference ── model-source ──► folder ── key ──► cached image? ── no ──► engine::compile ──► image file
 //!                                                     │ yes                                     │
-//!                                                     └──────────► checked ◄────────────────────┘
+//!                                                     └──────────► checked ◄────────────────────┘  (a file: see `stamp`)
 //!                                                                    │
 //!                                           sealed memfd (copy) / the file itself / POSIX shm (copy)
 //! ```
 #![forbid(unsafe_code)]
 
 mod error;
+mod facts;
 mod key;
 mod load;
 mod precision;
 mod process;
+mod stamp;
+mod verify;
 
 pub use error::LoadError;
+pub use facts::facts_of_bytes;
 pub use load::{LoadRequest, LoadedImage, load_image};
 pub use precision::{PrecisionChoice, split_precision};
 pub use process::run;
+pub use verify::{CachedImage, verify_cached_images};

@@ -3,21 +3,25 @@
 use crate::error::LoadError;
 use crate::key::{image_key, readable};
 use crate::precision::{PrecisionChoice, id_with, split_precision};
+use crate::stamp::{self, FileState};
 use engine::compile::Precision;
 use engine::{CompileOptions, CompileProgress, ImageSink, compile_folder, verify_image};
 use model_source::{ModelRef, Progress, ResolvedModel, SourceOptions, resolve};
+use shm_layout::image::CheckedImage;
 use shm_layout::wire::LoadProgress;
 use shm_os::OsError;
 use shm_os::image_backing::{
-    BackingError, BackingKind, ImageBacking, ImageFile, ImageKey, ImageWriter, PosixShm, PublishedImage,
-    SealedMemfd,
+    BackingChoice, BackingError, BackingKind, ImageBacking, ImageFile, ImageKey, ImageWriter, PosixShm,
+    PublishedImage, SealedMemfd,
 };
+use shm_os::private_files::PrivateFolder;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// Sub-folder of the cache that holds compiled images.
-const IMAGES_FOLDER: &str = "images";
+pub(crate) const IMAGES_FOLDER: &str = "images";
 
 /// What to load and how.
 #[derive(Debug, Clone)]
@@ -27,7 +31,7 @@ pub struct LoadRequest {
     /// The precision when the reference names none.
     pub precision: PrecisionChoice,
     /// What the image shall lie in.
-    pub backing: BackingKind,
+    pub backing: BackingChoice,
     /// Where models are looked for, and the cache folder that compiled images go into as well.
     pub source: SourceOptions,
 }
@@ -37,7 +41,8 @@ pub struct LoadRequest {
 pub struct LoadedImage {
     /// Canonical id; with the precision behind a colon, unless it is f32 and that is the default.
     pub model_id: String,
-    /// The image; its content hash was checked on exactly these bytes.
+    /// The image; its content hash was checked on exactly these bytes, or, for an image file, when the file was last in
+    /// the state that it is in (see `stamp`).
     pub image: PublishedImage,
     /// Whether it came from the cache of compiled images.
     pub from_cache: bool,
@@ -64,66 +69,96 @@ pub fn load_image(
     )?;
     model.id = id_with(&model.id, precision, request.precision.resolve());
     let key = image_key(&model.id, &model.folder)?;
-    let memory: Option<Box<dyn ImageBacking>> = match request.backing {
-        BackingKind::SealedMemfd => Some(Box::new(SealedMemfd)),
-        BackingKind::PosixShm => Some(Box::new(PosixShm)),
-        BackingKind::ImageFile => None,
-    };
-    let images = match ImageFile::open(&request.source.cache_dir.join(IMAGES_FOLDER)) {
+    let choice = request.backing;
+    let images = match Images::open(&request.source.cache_dir.join(IMAGES_FOLDER)) {
         Ok(images) => images,
-        Err(error) => return without_cache(&model, precision, &key, memory, error, progress),
+        Err(error) => return without_cache(&model, precision, &key, choice, error, progress),
     };
-    if let Some(image) = cached(&images, &key, memory.as_deref(), progress)? {
+    if let Some(image) = cached(&images, &key, choice, progress)? {
         return Ok(LoadedImage { model_id: model.id, image, from_cache: true });
     }
-    let _lock = lock(&images.path_of(&key))?;
+    let _lock = lock(&images.files.path_of(&key))?;
     // Somebody else may have compiled it while this process waited for the lock.
-    if let Some(image) = cached(&images, &key, memory.as_deref(), progress)? {
+    if let Some(image) = cached(&images, &key, choice, progress)? {
         return Ok(LoadedImage { model_id: model.id, image, from_cache: true });
     }
-    let file = match compile(&model, precision, &images, &key, progress) {
+    let file = match compile(&model, precision, &images.files, &key, progress) {
         Ok(file) => file,
         Err(error) if is_storage(&error) => {
-            return without_cache(&model, precision, &key, memory, error, progress);
+            return without_cache(&model, precision, &key, choice, error, progress);
         }
         Err(error) => return Err(error),
     };
-    clear_older(&images, &model.id, &key);
-    let image = match &memory {
-        Some(memory) => copy(&file, memory.as_ref(), &key, progress)?,
-        None => file,
+    clear_older(&images.files, &model.id, &key);
+    let image = match memory(choice.kind_for(file.len_bytes)) {
+        Some(memory) => {
+            let image = copy(&file, memory.as_ref(), &key, progress)?;
+            check(&image, progress).map(|_| image)
+        }
+        None => check_file(&images, &key, &file, progress).map(|()| file),
     };
-    check(&image, progress).map_err(|source| LoadError::Damaged { model_id: model.id.clone(), source })?;
+    let image = image.map_err(|source| LoadError::Damaged { model_id: model.id.clone(), source })?;
     Ok(LoadedImage { model_id: model.id, image, from_cache: false })
 }
 
 /// The cached image, checked; `None` when there is none or it was damaged (it is gone then).
 fn cached(
-    images: &ImageFile,
+    images: &Images,
     key: &ImageKey,
-    memory: Option<&dyn ImageBacking>,
+    choice: BackingChoice,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Option<PublishedImage>, LoadError> {
-    let found = match images.open_existing(key) {
+    let found = match images.files.open_existing(key) {
         Ok(Some(found)) => found,
         Ok(None) => return Ok(None),
         Err(error) => {
             tracing::warn!(%error, "cached image refused; compiling the model again");
-            images.remove(key)?;
+            images.files.remove(key)?;
             return Ok(None);
         }
     };
-    let image = match memory {
-        Some(memory) => copy(&found, memory, key, progress)?,
-        None => found,
+    let checked = match memory(choice.kind_for(found.len_bytes)) {
+        Some(memory) => {
+            let image = copy(&found, memory.as_ref(), key, progress)?;
+            check(&image, progress).map(|_| image)
+        }
+        None => check_file(images, key, &found, progress).map(|()| found),
     };
-    match check(&image, progress) {
-        Ok(()) => Ok(Some(image)),
+    match checked {
+        Ok(image) => Ok(Some(image)),
         Err(error) => {
             tracing::warn!(%error, "cached image is damaged; compiling the model again");
-            images.remove(key)?;
+            images.files.remove(key)?;
             Ok(None)
         }
+    }
+}
+
+/// The folder of compiled images, with the stamps of those that were checked.
+pub(crate) struct Images {
+    pub(crate) files: ImageFile,
+    pub(crate) stamps: PrivateFolder,
+}
+
+impl Images {
+    pub(crate) fn open(folder: &Path) -> Result<Images, BackingError> {
+        let files = ImageFile::open(folder)?;
+        let stamps = PrivateFolder::open(folder).map_err(|error| {
+            BackingError::Os(OsError::new(
+                "opening the folder of images",
+                io::Error::other(error.to_string()),
+            ))
+        })?;
+        Ok(Images { files, stamps })
+    }
+}
+
+/// What a kind of backing is made with; `None` for the image file itself.
+fn memory(kind: BackingKind) -> Option<Box<dyn ImageBacking>> {
+    match kind {
+        BackingKind::SealedMemfd => Some(Box::new(SealedMemfd)),
+        BackingKind::PosixShm => Some(Box::new(PosixShm)),
+        BackingKind::ImageFile => None,
     }
 }
 
@@ -132,11 +167,15 @@ fn without_cache(
     model: &ResolvedModel,
     precision: Precision,
     key: &ImageKey,
-    memory: Option<Box<dyn ImageBacking>>,
+    choice: BackingChoice,
     reason: impl Into<LoadError>,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedImage, LoadError> {
     let reason = reason.into();
+    let memory = match choice {
+        BackingChoice::Auto => memory(BackingKind::SealedMemfd),
+        BackingChoice::Always(kind) => memory(kind),
+    };
     let Some(memory) = memory else { return Err(reason) };
     tracing::warn!(%reason, "the cache of compiled images is not usable; compiling into memory only");
     let image = compile(model, precision, memory.as_ref(), key, progress)?;
@@ -228,14 +267,58 @@ fn copy(
     Ok(writer.publish()?)
 }
 
-/// Checks structure and content hash on the bytes that will be handed out.
-fn check(image: &PublishedImage, progress: &mut dyn FnMut(LoadProgress)) -> Result<(), engine::VerifyError> {
+/// Checks structure and content hash on the bytes that will be handed out; gives the hash.
+fn check(
+    image: &PublishedImage,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<[u8; 32], engine::VerifyError> {
     progress(stage("verify", 0, image.len_bytes));
     // An image that cannot be mapped is as good as damaged: it is compiled again, and the error of that is told.
     let mapping = image.map().map_err(|_| engine::VerifyError::Hash)?;
     verify_image(mapping.as_bytes())?;
+    let content_hash = CheckedImage::new(mapping.as_bytes())?.header().values().content_hash;
     progress(stage("verify", image.len_bytes, image.len_bytes));
-    if mapping.is_poisoned() { Err(engine::VerifyError::Hash) } else { Ok(()) }
+    if mapping.is_poisoned() { Err(engine::VerifyError::Hash) } else { Ok(content_hash) }
+}
+
+/// Checks an image file that will be handed out itself: its structure always, its content hash unless that was checked while
+/// the file was in the state that it is in.
+pub(crate) fn check_file(
+    images: &Images,
+    key: &ImageKey,
+    file: &PublishedImage,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(), engine::VerifyError> {
+    let state = || file.fd_read_only.try_clone().ok().and_then(|fd| FileState::of(&File::from(fd)));
+    let before = state();
+    if let Some(before) = &before {
+        let mapping = file.map().map_err(|_| engine::VerifyError::Hash)?;
+        let claimed = CheckedImage::new(mapping.as_bytes())?.header().values().content_hash;
+        if stamp::holds(&images.stamps, key, before, &claimed, SystemTime::now())
+            && state().as_ref() == Some(before)
+        {
+            return Ok(());
+        }
+    }
+    check_file_fully(images, key, file, progress)
+}
+
+/// As [`check_file`], whatever a stamp says; leaves one.
+pub(crate) fn check_file_fully(
+    images: &Images,
+    key: &ImageKey,
+    file: &PublishedImage,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(), engine::VerifyError> {
+    let state = || file.fd_read_only.try_clone().ok().and_then(|fd| FileState::of(&File::from(fd)));
+    let before = state();
+    before.iter().for_each(FileState::settle);
+    let content_hash = check(file, progress)?;
+    // A file that changed meanwhile was not checked in any one state.
+    if let Some(before) = before.filter(|before| state().as_ref() == Some(before)) {
+        stamp::write(&images.stamps, key, &before, &content_hash, SystemTime::now());
+    }
+    Ok(())
 }
 
 /// Removes images of earlier states of the same model. A failure costs disk space only.

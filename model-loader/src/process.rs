@@ -1,5 +1,6 @@
 //! The loader as a child process: loads one model, tells the broker on its link how it went, ends.
 
+use crate::facts::facts_of;
 use crate::load::{LoadRequest, load_image};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_MESSAGE_BYTES;
@@ -36,8 +37,12 @@ pub fn run(link: OwnedFd, request: &LoadRequest) -> Result<bool, FramedError> {
     if let Some(error) = lost {
         return Err(error);
     }
+    let outcome = outcome.map_err(|error| (error.code(), error.to_string())).and_then(|loaded| {
+        let facts = facts_of(&loaded.image).map_err(|why| (Code::ModelInvalid, why))?;
+        Ok((loaded, facts))
+    });
     let (message, fds, loaded) = match outcome {
-        Ok(loaded) => {
+        Ok((loaded, facts)) => {
             tracing::info!(
                 model = loaded.model_id,
                 bytes = loaded.image.len_bytes,
@@ -48,12 +53,13 @@ pub fn run(link: OwnedFd, request: &LoadRequest) -> Result<bool, FramedError> {
                 model_id: loaded.model_id,
                 image_bytes: loaded.image.len_bytes,
                 backing: loaded.image.kind,
+                facts,
             };
             (message, vec![loaded.image.fd_read_only], true)
         }
-        Err(error) => {
-            tracing::warn!(%error, "load failed");
-            (FromLoader::Failed { code: error.code(), message: cut(error.to_string()) }, Vec::new(), false)
+        Err((code, error)) => {
+            tracing::warn!(error, "load failed");
+            (FromLoader::Failed { code, message: cut(error) }, Vec::new(), false)
         }
     };
     debug_assert!(!matches!(&message, FromLoader::Failed { code: Code::Ok, .. }));

@@ -59,6 +59,8 @@ codes! {
     LoadTimeout = 15, "LOAD_TIMEOUT";
     /// There is no space left where an image was to be written.
     DiskFull = 16, "DISK_FULL";
+    /// There is not enough memory for the model, also when everything idle is given up.
+    OutOfMemory = 17, "OUT_OF_MEMORY";
     /// A limit of work in flight is reached; try again later, or with less at a time.
     Overloaded = 20, "OVERLOADED";
     /// The caller's deadline passed before the job was computed.
@@ -71,6 +73,8 @@ codes! {
     Stale = 24, "STALE";
     /// A limit on sessions, leases or lanes is reached.
     TooMany = 25, "TOO_MANY";
+    /// The model is in use and was not to be taken from those who use it.
+    ModelInUse = 26, "MODEL_IN_USE";
     /// A list with nothing in it.
     EmptyInput = 30, "EMPTY_INPUT";
     /// Input over a limit of size or count.
@@ -83,12 +87,20 @@ codes! {
     UnsupportedOperation = 34, "UNSUPPORTED_OPERATION";
     /// The answer does not fit into the room that the caller gave.
     OutputTooSmall = 35, "OUTPUT_TOO_SMALL";
+    /// The model is of another kind than the operation needs: an embedding model cannot rank or write, nor the others embed.
+    WrongTask = 36, "WRONG_TASK";
     /// This job was running each time an engine died and is not tried again.
     JobCrashedEngine = 40, "JOB_CRASHED_ENGINE";
     /// The result failed the engine's own checks (not finite, not of unit norm) and is withheld.
     BadResult = 41, "BAD_RESULT";
     /// A failure inside the peer that none of the others names.
     Internal = 42, "INTERNAL";
+    /// The provider of the model failed this job, or its answer was not one, or it died with it too often.
+    ProviderFailed = 50, "PROVIDER_FAILED";
+    /// The provider of the model did not answer this job within the time that it allows itself.
+    ProviderTimeout = 51, "PROVIDER_TIMEOUT";
+    /// The configuration cannot be used; what held before holds on.
+    ConfigInvalid = 53, "CONFIG_INVALID";
 }
 
 // In a frame a code is its number as a u16, so that the numbers above are the whole of its encoding.

@@ -7,10 +7,19 @@ mod cache_messages;
 mod codec;
 mod head;
 mod messages;
+mod model_messages;
+mod provider_messages;
+mod task_messages;
 
 pub use bincode::{Decode, Encode};
 
 pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
-pub use codec::{CodecError, FrameBuffer, decode_body, encode_frame};
+pub use codec::{CodecError, FrameBuffer, decode_body, encode_body, encode_frame};
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;
+pub use model_messages::*;
+pub use provider_messages::{
+    PROVIDED_GENERATION, PROVIDED_PREFIX, Provide, ProvidedReport, ProvidedTotals, ProviderChildReport,
+    ProviderJob, ProviderReport, is_provided,
+};
+pub use task_messages::*;

@@ -154,9 +154,15 @@ fn codes() -> String {
     out
 }
 
-/// Every type of messages.rs and cache_messages.rs that is encoded, field by field in the order of its encoding.
+/// Every type of messages.rs and its neighbours that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    let text = source("shm-layout/src/wire/messages.rs") + &source("shm-layout/src/wire/cache_messages.rs");
+    let files = ["messages", "cache_messages", "model_messages", "provider_messages", "task_messages"];
+    // The tests at a file's end would hide what comes behind them.
+    let texts = files.map(|name| {
+        let text = source(&format!("shm-layout/src/wire/{name}.rs"));
+        text.split("#[cfg(test)]").next().unwrap_or_default().to_owned()
+    });
+    let text = texts.concat();
     let encoded = |name: &str| {
         let at = text.find(&format!(" {name} {{\n")).expect("the type is there");
         let before = &text[..at];
@@ -366,6 +372,13 @@ fn limits_document_is_what_the_constants_say() {
         ("image", constants("shm-layout/src/image/layout.rs", max)),
         ("cache", constants("shm-layout/src/cache/layout.rs", max)),
         ("cache-reader", constants("shm-layout/src/cache/reader.rs", |name| name == "READ_TRIES")),
+        ("durations", constants("shm-layout/src/wire/model_messages.rs", any)),
+        ("engine-measured", constants("engine-host/src/measured.rs", any)),
+        ("broker-lifecycle", constants("broker/src/core/lifecycle.rs", max)),
+        ("broker-alerts", constants("broker/src/core/alerts.rs", any)),
+        ("broker-memory", constants("broker/src/io/memory.rs", max)),
+        ("sdk-renew", constants("worker-sdk/src/seat/renew.rs", any)),
+        ("sdk-session", constants("worker-sdk/src/session.rs", max)),
         ("cache-engine", constants("engine-host/src/cache.rs", max)),
         ("cache-saved", constants("engine-host/src/persist.rs", any)),
         ("private-files", constants("shm-os/src/private_files.rs", |name| name == "NAMING_TRIES")),
@@ -376,6 +389,25 @@ fn limits_document_is_what_the_constants_say() {
         ("engine-config", constants("engine/src/config.rs", max)),
         ("engine-checkpoint", constants("engine/src/compile/checkpoint.rs", max)),
         ("engine-tokenizer", constants("engine/src/compile/tokenizer_check.rs", max)),
+        (
+            "engine-unigram",
+            [
+                constants("engine/src/unigram/trie.rs", |name| name == "MAX_UNITS"),
+                constants("engine/src/unigram/tables.rs", max),
+                constants("engine/src/unigram/file.rs", max),
+                constants("engine/src/unigram/normalize.rs", max),
+            ]
+            .join("\n"),
+        ),
+        (
+            "loader",
+            [
+                constants("model-loader/src/stamp.rs", |name| name != "FIRST_LINE"),
+                constants("model-loader/src/verify.rs", max),
+                constants("shm-os/src/image_backing/choice.rs", any),
+            ]
+            .join("\n"),
+        ),
         ("engine-sentence", constants("engine/src/compile/sentence.rs", max)),
         ("engine-folder", constants("engine/src/compile/folder.rs", max)),
         ("engine-model", constants("engine/src/model/mod.rs", max)),
@@ -390,15 +422,24 @@ fn limits_document_is_what_the_constants_say() {
         ("generate-text", constants("engine/src/generate/text.rs", max)),
         ("generate-work", constants("engine/src/kernel/decoder/product.rs", max)),
         ("engine-schedule", constants("engine-host/src/schedule.rs", any)),
+        ("engine-generate", constants("engine-host/src/generate.rs", any)),
         ("source", limits("model-source/src/options.rs")),
         ("source-reference", constants("model-source/src/reference.rs", max)),
         ("source-layout", constants("model-source/src/layout.rs", max)),
         ("source-wheel", constants("model-source/src/wheel.rs", max)),
         ("source-unzip", constants("model-source/src/unzip.rs", max)),
-        ("sdk", constants("worker-sdk/src/settings.rs", |name| name.starts_with("DEFAULT_"))),
+        (
+            "sdk",
+            constants("worker-sdk/src/settings.rs", |name| {
+                name.starts_with("DEFAULT_") || name.starts_with("FALLBACK_P")
+            }),
+        ),
+        ("sdk-fallback", constants("worker-sdk/src/fallback.rs", |name| name.starts_with("RETURN_"))),
         ("sdk-split", constants("worker-sdk/src/split.rs", any)),
         ("sdk-seat", constants("worker-sdk/src/seat.rs", any)),
         ("pipeline", constants("doc-pipeline/src/limits.rs", any)),
+        ("settings", constants("settings/src/limits.rs", any)),
+        ("reload", constants("broker/src/core/reconfigure.rs", max)),
     ];
     check("limits.md", &parts);
 }

@@ -4,6 +4,7 @@
 //! An image is *reserved* (a window of its final size), filled, *published* (immutable from then on, as far as the
 //! backing can promise) and *mapped* by whoever receives its read-only descriptor.
 
+mod choice;
 mod copy;
 mod image_file;
 mod posix_shm;
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 
 pub use shm_layout::wire::BackingKind;
 
+pub use choice::{AUTO_FILE_BYTES, BackingChoice};
 pub use copy::{COPY_STEP_BYTES, copy_file_into_memfd, copy_image_into_sealed_memfd};
 pub use image_file::ImageFile;
 pub use posix_shm::PosixShm;

@@ -1,8 +1,12 @@
 """Makes the small random checkpoints below tiny/ and the vectors that sentence-transformers computes for them.
 
-Usage: python make_tiny.py [OUT_FOLDER]. Each checkpoint is a whole model folder and exercises another corner: f32 with mean
+Each checkpoint is a whole model folder and exercises another corner: f32 with mean
 pooling; sharded f16 with a `bert.` prefix, tanh GELU and CLS pooling; bf16 with two pooling modes and ReLU; XLM-RoBERTa with
-a Unigram tokenizer. The folder holds texts.json and expected.f32 (little-endian floats, one vector behind the other) too.
+a Unigram tokenizer; then one of each other family, and classifiers. The folder holds texts.json and expected.f32 (little-endian
+floats, one vector behind the other) too; a classifier's holds logits there, and pairs.json (a query and texts, once short and
+once too long) with pairs.f32.
+
+Usage: python make_tiny.py [OUT_FOLDER [NAME...]]; with names only those are made.
 """
 
 import json
@@ -14,8 +18,34 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    MPNetModel,
+    NomicBertConfig,
+    NomicBertModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+    Qwen3Model,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
+)
 
 TEXTS = [
     "hello world",
@@ -30,6 +60,18 @@ TEXTS = [
     "x" * 150,
     "tab\tand\nnewline\r\nand\x00control",
 ]
+
+# For models whose layers treat distances differently.
+LONG = ["the cat sat on the mat and hello world in text: " * 30, "hello cat " * 61]
+
+PAIRS = {
+    "queries": ["where is the cat?", "the cat sat on the mat and hello world in text: " * 8, ""],
+    "texts": ["the cat sat on the mat.", "hello world", "", "[SEP] mat", "hello cat " * 60, "the cat sat on " * 6],
+}
+
+QWEN_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 WORDS = ["the", "cat", "sat", "on", "mat", "hello", "world", "and", "text", "in"]
 
@@ -65,18 +107,51 @@ def unigram():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>", **names), len(pieces)
 
 
+def byte_level(end, begin=None, regex=None):
+    """A byte-level BPE tokenizer with a few merges: GPT-2's way of splitting, or Qwen's by its regular expression."""
+    special = [token for token in ("<pad>", begin, end) if token]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if regex:
+        split = pre_tokenizers.Split(Regex(regex), behavior="isolated")
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS), "the cat sat on the mat hello world " * 20], trainer)
+    ids = [(token, tokenizer.token_to_id(token)) for token in special]
+    single, pair = f"$A {end}", f"$A $B {end}"
+    if begin:
+        single, pair = f"{begin} $A {end}", f"{begin} $A {end} $B {end}"
+    template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    names = dict(pad_token="<pad>", eos_token=end, model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=256, **names), tokenizer.get_vocab_size()
+
+
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def modules(folder, pooling, width, normalize, max_seq_length, lower_case=False):
+def modules(folder, pooling, width, normalize, max_seq_length, lower_case=False, dense=()):
     """Writes the sentence-transformers side of a folder in the form that published models have."""
-    names = ["Transformer", "Pooling"] + (["Normalize"] if normalize else [])
-    paths = ["", "1_Pooling", "2_Normalize"]
+    names = ["Transformer", "Pooling"] + ["Dense"] * len(dense) + (["Normalize"] if normalize else [])
+    paths = ["", *(f"{i}_{name}" for i, name in enumerate(names) if i > 0)]
+    generator = torch.Generator().manual_seed(77)
+    for i, (inputs, outputs, bias, function) in enumerate(dense):
+        config = {"in_features": inputs, "out_features": outputs, "bias": bias, "activation_function": function}
+        write_json(folder / paths[2 + i] / "config.json", config)
+        tensors = {"linear.weight": torch.randn(outputs, inputs, generator=generator) * 0.25}
+        if bias:
+            tensors["linear.bias"] = torch.randn(outputs, generator=generator) * 0.25
+        save_file(tensors, folder / paths[2 + i] / "model.safetensors", metadata={"format": "pt"})
     kinds = [{"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"} for i, name in enumerate(names)]
     write_json(folder / "modules.json", kinds)
     modes = ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens"]
+    modes += ["lasttoken"] if "lasttoken" in pooling else []
     config = {"word_embedding_dimension": width} | {f"pooling_mode_{mode}": mode in pooling for mode in modes}
     write_json(folder / "1_Pooling" / "config.json", config)
     if max_seq_length is not None:
@@ -88,7 +163,8 @@ def randomize(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1 + 0.2 * noise if "LayerNorm.weight" in name else 0.25 * noise
+        is_norm = "norm" in name.lower() and name.endswith("weight")
+        parameter.data = 1 + 0.2 * noise if is_norm else 0.25 * noise
 
 
 def bert(**options):
@@ -97,13 +173,38 @@ def bert(**options):
     )
 
 
-def expected(folder):
+def classified(folder):
+    """Logits of a classifier's folder in f32, of single texts and of pairs, one at a time."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 30))
+    # RoBERTa and MPNet count positions from behind the padding id.
+    if model.config.model_type in ("roberta", "xlm-roberta", "mpnet"):
+        limit = min(tokenizer.model_max_length, model.config.max_position_embeddings - 2)
+
+    def logits(*texts):
+        with torch.no_grad():
+            encoded = tokenizer(*texts, truncation=True, max_length=limit, return_tensors="pt")
+            return model(**encoded).logits[0].numpy()
+
+    texts = [text for text in TEXTS + LONG if text.strip() or model.config.model_type != "qwen3"]
+    singles = np.stack([logits(text) for text in texts]).astype("<f4")
+    pairs = np.stack([logits(query, text) for query in PAIRS["queries"] for text in PAIRS["texts"]]).astype("<f4")
+    assert np.isfinite(singles).all() and np.isfinite(pairs).all()
+    (folder / "expected.f32").write_bytes(singles.tobytes())
+    (folder / "pairs.f32").write_bytes(pairs.tobytes())
+    write_json(folder / "texts.json", texts)
+    write_json(folder / "pairs.json", PAIRS)
+    print(folder.name, singles.shape, pairs.shape, np.abs(pairs).max())
+
+
+def expected(folder, texts=TEXTS):
     """Vectors of the folder's model in f32, one text at a time."""
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
-    vectors = np.stack([model.encode(text, convert_to_numpy=True) for text in TEXTS]).astype("<f4")
+    vectors = np.stack([model.encode(text, convert_to_numpy=True) for text in texts]).astype("<f4")
     assert np.isfinite(vectors).all()
     (folder / "expected.f32").write_bytes(vectors.tobytes())
-    write_json(folder / "texts.json", TEXTS)
+    write_json(folder / "texts.json", texts)
     print(folder.name, vectors.shape)
 
 
@@ -157,13 +258,154 @@ def xlm_roberta(folder):
     modules(folder, ["cls_token"], 32, True, 64, lower_case=True)
 
 
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+
+
+def save(folder, model, tokenizer, seed):
+    randomize(model, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def bert_dense(folder):
+    tokenizer, vocab = word_piece()
+    save(folder, BertModel(bert(vocab_size=vocab), add_pooling_layer=False), tokenizer, 5)
+    tanh, identity = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
+    modules(folder, ["mean_tokens"], 32, True, 48, dense=[(32, 40, True, tanh), (40, 24, False, identity)])
+    prompts = {"query": "query: ", "document": ""}
+    write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": None})
+
+
+def distilbert(folder):
+    tokenizer, vocab = word_piece()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    config = DistilBertConfig(vocab_size=vocab, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64)
+    save(folder, DistilBertModel(config), tokenizer, 6)
+    modules(folder, ["mean_tokens"], 32, False, 48)
+
+
+def mpnet(folder):
+    tokenizer, vocab = unigram()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    config = MPNetConfig(vocab_size=vocab, max_position_embeddings=202, layer_norm_eps=1e-5, **SMALL)
+    model = MPNetModel(config, add_pooling_layer=False)
+    save(folder, model, tokenizer, 7)
+    modules(folder, ["mean_tokens"], 32, True, 200)
+
+
+def modernbert(folder):
+    tokenizer, vocab = byte_level("[SEP]", "[CLS]")
+    small = SMALL | dict(num_hidden_layers=4)
+    config = ModernBertConfig(
+        vocab_size=vocab, max_position_embeddings=256, local_attention=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2, **small,
+    )  # fmt: skip
+    save(folder, ModernBertModel(config), tokenizer, 8)
+    modules(folder, ["mean_tokens"], 32, True, 256)
+
+
+def nomic_bert(folder):
+    tokenizer, vocab = word_piece()
+    config = NomicBertConfig(vocab_size=vocab, max_position_embeddings=256, **SMALL)
+    save(folder, NomicBertModel(config), tokenizer, 9)
+    modules(folder, ["mean_tokens"], 32, True, 128)
+
+
+def qwen3(folder):
+    tokenizer, vocab = byte_level("<|endoftext|>", regex=QWEN_REGEX)
+    config = Qwen3Config(
+        vocab_size=vocab, max_position_embeddings=256, num_key_value_heads=2, head_dim=24, rope_theta=1000000.0,
+        pad_token_id=0, eos_token_id=1, **(SMALL | dict(num_attention_heads=4)),
+    )  # fmt: skip
+    save(folder, Qwen3Model(config), tokenizer, 10)
+    modules(folder, ["lasttoken"], 32, True, 256)
+    prompts = {"query": "Instruct: find it\nQuery: ", "document": ""}
+    write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": "document"})
+
+
+def bert_reranker(folder):
+    tokenizer, vocab = word_piece()
+    save(folder, BertForSequenceClassification(bert(vocab_size=vocab, num_labels=1)), tokenizer, 11)
+
+
+def roberta_classifier(folder):
+    tokenizer, vocab = byte_level("</s>", "<s>")
+    config = RobertaConfig(
+        vocab_size=vocab, max_position_embeddings=66, type_vocab_size=1, pad_token_id=0, layer_norm_eps=1e-5, num_labels=3, **SMALL
+    )  # fmt: skip
+    config.id2label = {0: "contradiction", 1: "entailment", 2: "neutral"}
+    config.problem_type = "single_label_classification"
+    save(folder, RobertaForSequenceClassification(config), tokenizer, 12)
+
+
+def xlm_roberta_reranker(folder):
+    tokenizer, vocab = unigram()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    config = XLMRobertaConfig(
+        vocab_size=vocab, max_position_embeddings=66, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5, num_labels=1, **SMALL
+    )  # fmt: skip
+    save(folder, XLMRobertaForSequenceClassification(config), tokenizer, 13)
+
+
+def distilbert_classifier(folder):
+    tokenizer, vocab = word_piece()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    config = DistilBertConfig(
+        vocab_size=vocab, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64, num_labels=2
+    )
+    save(folder, DistilBertForSequenceClassification(config), tokenizer, 14)
+
+
+def mpnet_classifier(folder):
+    tokenizer, vocab = unigram()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    config = MPNetConfig(vocab_size=vocab, max_position_embeddings=82, layer_norm_eps=1e-5, num_labels=2, **SMALL)
+    save(folder, MPNetForSequenceClassification(config), tokenizer, 15)
+
+
+def modernbert_reranker(folder):
+    tokenizer, vocab = byte_level("[SEP]", "[CLS]")
+    config = ModernBertConfig(
+        vocab_size=vocab, max_position_embeddings=128, local_attention=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2, classifier_pooling="mean", num_labels=1, **SMALL,
+    )  # fmt: skip
+    save(folder, ModernBertForSequenceClassification(config), tokenizer, 16)
+
+
+def qwen3_classifier(folder):
+    tokenizer, vocab = byte_level("<|endoftext|>", regex=QWEN_REGEX)
+    config = Qwen3Config(
+        vocab_size=vocab, max_position_embeddings=128, num_key_value_heads=1, head_dim=16, rope_theta=1000000.0,
+        pad_token_id=0, eos_token_id=1, num_labels=2, **SMALL,
+    )  # fmt: skip
+    save(folder, Qwen3ForSequenceClassification(config), tokenizer, 17)
+
+
+EMBEDDERS = (bert_mean, bert_cls_sharded_f16, bert_max_sqrt_bf16, xlm_roberta)
+LONG_EMBEDDERS = (bert_dense, distilbert, mpnet, modernbert, nomic_bert, qwen3)
+CLASSIFIERS = (
+    bert_reranker,
+    roberta_classifier,
+    xlm_roberta_reranker,
+    distilbert_classifier,
+    mpnet_classifier,
+    modernbert_reranker,
+    qwen3_classifier,
+)
+
+
 def main():
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "tiny"
-    for make in (bert_mean, bert_cls_sharded_f16, bert_max_sqrt_bf16, xlm_roberta):
+    for make in EMBEDDERS + LONG_EMBEDDERS + CLASSIFIERS:
+        if len(sys.argv) > 2 and make.__name__ not in sys.argv[2:]:
+            continue
         folder = out / make.__name__
         folder.mkdir(parents=True, exist_ok=True)
         make(folder)
-        expected(folder)
+        if make in CLASSIFIERS:
+            classified(folder)
+        else:
+            expected(folder, TEXTS + LONG if make in LONG_EMBEDDERS else TEXTS)
 
 
 if __name__ == "__main__":

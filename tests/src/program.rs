@@ -55,6 +55,7 @@ fn is_fresh(program: &Path) -> bool {
         "worker-sdk",
         "broker",
         "doc-pipeline",
+        "settings",
         "cli",
     ];
     crates.iter().all(|name| newest(&workspace().join(name).join("src")) <= built)

@@ -79,6 +79,8 @@ impl Broker {
             .arg(&log)
             .args(cache)
             .args(arguments)
+            // No configuration file but what a test names.
+            .env("XDG_CONFIG_HOME", folder.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(File::create(folder.path().join(CHILDREN_LOG)).expect("a file can be made"))
@@ -224,6 +226,7 @@ pub fn run_program(socket: Option<&Path>, arguments: &[&str], input: &[u8]) -> O
     let mut child = command
         .args(arguments)
         .env("MODELBROKER_BIN", modelbroker())
+        .env("XDG_CONFIG_HOME", "/nonexistent")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -162,9 +162,16 @@ fn environment_variables_are_those_of_the_code() {
     ] {
         code_of(&root().join(package).join("src"), &mut code);
     }
+    for file in ["table.rs", "file.rs", "environment.rs"] {
+        // Tests there name variables that there are not.
+        let text = read(&format!("settings/src/{file}"));
+        code.push_str(text.split("#[cfg(test)]").next().unwrap_or_default());
+    }
     let operations = read("docs/operations.md");
     let variable = |text: &str| {
-        text.starts_with("MODELBROKER_") && text.chars().all(|c| c.is_ascii_uppercase() || c == '_')
+        text.starts_with("MODELBROKER_")
+            && !text.ends_with('_')
+            && text.chars().all(|c| c.is_ascii_uppercase() || c == '_')
     };
     // Between quotes in the code: what is really asked for.
     let in_code: BTreeSet<&str> = code.split('"').filter(|text| variable(text)).collect();
@@ -174,6 +181,17 @@ fn environment_variables_are_those_of_the_code() {
         .collect();
     // Between the pipeline and its own subprocesses; nobody sets it by hand.
     let private = BTreeSet::from(["MODELBROKER_SUPERVISOR_PID"]);
+    for name in &in_code {
+        let sources = settings::Sources {
+            environment: vec![((*name).into(), "x".into())],
+            ..settings::Sources::default()
+        };
+        let said = settings::resolve(&sources).err().map(|problems| problems.to_string()).unwrap_or_default();
+        assert!(
+            !said.contains("stands for no setting"),
+            "settings::OTHER_VARIABLES must name {name}: {said}"
+        );
+    }
     let missing: Vec<_> = in_code.difference(&written).filter(|name| !private.contains(**name)).collect();
     assert!(missing.is_empty(), "docs/operations.md does not name {missing:?}");
     let invented: Vec<_> = written.difference(&in_code).collect();

@@ -54,7 +54,7 @@ const HTTP: &[&str] = &[
     "openssl",
     "tokio",
 ];
-const FORMATS: &[&str] = &["serde_json", "zip", "flate2", "rusqlite", "model-source"];
+const FORMATS: &[&str] = &["serde_json", "settings", "toml", "zip", "flate2", "rusqlite", "model-source"];
 
 fn assert_absent(package: &str, lists: &[&[&str]]) {
     let linked = linked_with(package);
@@ -186,6 +186,7 @@ fn crates_that_need_no_unsafe_code_forbid_it() {
         "engine-host/src/lib.rs",
         "model-loader/src/lib.rs",
         "model-source/src/lib.rs",
+        "settings/src/lib.rs",
         "worker-sdk/src/lib.rs",
     ] {
         let text = std::fs::read_to_string(root().join(path)).expect(path);

@@ -3,27 +3,22 @@
 
 use crate::cache::ClientCache;
 use crate::client::unexpected;
+use crate::compute::{Computer, check_process};
 use crate::embeddings::Embeddings;
 use crate::error::SdkError;
 use crate::model::Model;
+use crate::prompt::prompted;
 use crate::session::{Reply, Session};
 use crate::settings::EmbedOptions;
 use crate::time::Deadline;
-use shm_layout::image::ImageBytes;
+use shm_layout::code::Code;
+use shm_layout::image::Task;
 use shm_layout::wire::{Acquire, ClientMessage, Leased, ModelDescription};
-use shm_os::ReadOnlyMapping;
 use shm_os::image_backing::map_published;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-
-/// Texts computed between two looks at the caller's list; bounds what tokenization holds at once.
-const TEXTS_AT_ONCE: usize = 256;
-
-/// The fork generation in which this process first computed. The engine's threads belong to it: they do not survive a
-/// fork, and work handed to threads that are gone is never done.
-static COMPUTES_IN: AtomicU64 = AtomicU64::new(0);
+use std::time::Duration;
 
 /// A model that computes in this process on the shared image. Clones share it; the image is let go of with the last.
 ///
@@ -36,22 +31,10 @@ pub struct AttachedModel {
 
 #[derive(Debug)]
 struct Shared {
-    engine: engine::Model,
-    image: Arc<MappedImage>,
+    computer: Computer,
     cache: Option<ClientCache>,
     description: ModelDescription,
     _lease: HeldLease,
-    generation: u64,
-}
-
-/// The mapping neither moves nor changes: what its backing promises was checked when it was mapped.
-#[derive(Debug)]
-struct MappedImage(ReadOnlyMapping);
-
-impl ImageBytes for MappedImage {
-    fn as_bytes(&self) -> &[u8] {
-        self.0.as_bytes()
-    }
 }
 
 /// Keeps the broker from unloading what is mapped here; ends with the value, or with the session.
@@ -65,6 +48,7 @@ struct HeldLease {
 impl Drop for HeldLease {
     fn drop(&mut self) {
         if self.generation == shm_os::fork_generation() && self.session.is_alive() {
+            self.session.forget_superseded(self.lease_id);
             self.session.tell(&ClientMessage::Release { lease_id: self.lease_id });
         }
     }
@@ -78,17 +62,7 @@ impl Model {
     /// [`SdkError`] when the image cannot be had, or is not sealed, sized or laid out as announced.
     pub fn attach(&self) -> Result<AttachedModel, SdkError> {
         let generation = shm_os::fork_generation();
-        match COMPUTES_IN.load(Ordering::Relaxed) {
-            0 => {}
-            of if of == generation => {}
-            _ => {
-                return Err(SdkError::Local(
-                    "the process that forked this one had computed already, and its compute threads are not here: \
-                     attach after the fork only, or use embed()"
-                        .into(),
-                ));
-            }
-        }
+        check_process()?;
         let (core, request) = (self.client().core(), self.request());
         let message = ClientMessage::Acquire(Acquire {
             model: request.name.clone(),
@@ -100,7 +74,7 @@ impl Model {
         let (session, reply) = core.ask(&message, core.settings.start, deadline)?;
         let Reply::Leased(leased, fds) = reply else { return Err(unexpected(&reply)) };
         let lease = HeldLease { session, lease_id: leased.lease_id, generation };
-        AttachedModel::map(leased, fds, lease)
+        AttachedModel::map(*leased, fds, lease)
     }
 }
 
@@ -116,19 +90,13 @@ impl AttachedModel {
         let cache = ClientCache::map(leased.cache, cache_fd, &description, Weak::new());
         let mapping = map_published(fd.as_fd(), description.backing, description.image_bytes)
             .map_err(|error| fault(format!("its image cannot be mapped: {error}")))?;
-        let image = Arc::new(MappedImage(mapping));
-        let shared_image: Arc<dyn ImageBytes> = Arc::<MappedImage>::clone(&image);
-        let engine =
-            engine::Model::load(shared_image).map_err(|error| SdkError::Local(error.to_string().into()))?;
-        let info = engine.info();
+        let computer = Computer::new(mapping)?;
+        let info = computer.info();
         if info.content_hash != description.content_hash || info.output_dim != description.output_dim as usize
         {
             return Err(fault("its image is another one than it announced".into()));
         }
-        let generation = lease.generation;
-        Ok(AttachedModel {
-            shared: Arc::new(Shared { engine, image, cache, description, _lease: lease, generation }),
-        })
+        Ok(AttachedModel { shared: Arc::new(Shared { computer, cache, description, _lease: lease }) })
     }
 
     /// What the model is.
@@ -140,13 +108,13 @@ impl AttachedModel {
     /// Names image, arithmetic and CPU path, as in the results.
     #[must_use]
     pub fn fingerprint(&self) -> u64 {
-        self.shared.engine.info().fingerprint
+        self.shared.computer.info().fingerprint
     }
 
     /// Bytes of the image that are mapped here, shared with every other process that uses the model.
     #[must_use]
     pub fn image_bytes(&self) -> usize {
-        self.shared.image.0.len_bytes()
+        self.shared.computer.image_bytes()
     }
 
     /// Checks that every byte of the image is what its compiler wrote. Reads all of it: about a second for two gigabytes.
@@ -154,8 +122,7 @@ impl AttachedModel {
     /// # Errors
     /// [`SdkError::Local`] when it is not.
     pub fn verify(&self) -> Result<(), SdkError> {
-        engine::verify_image(self.shared.image.as_bytes())
-            .map_err(|error| SdkError::Local(error.to_string().into()))
+        self.shared.computer.verify()
     }
 
     /// Builds the tokenizer now (some ten milliseconds) instead of at the first text.
@@ -163,7 +130,7 @@ impl AttachedModel {
     /// # Errors
     /// [`SdkError::Local`] when it cannot be built; [`SdkError::Forked`] in a forked child.
     pub fn warm(&self) -> Result<(), SdkError> {
-        self.compute(|engine| engine.warm())
+        self.shared.computer.warm()
     }
 
     /// One vector for each text, in order; an empty list gives an empty result.
@@ -184,39 +151,40 @@ impl AttachedModel {
         texts: &[T],
         options: &EmbedOptions,
     ) -> Result<Embeddings, SdkError> {
-        if self.shared.generation != shm_os::fork_generation() {
+        if !self.shared.computer.belongs_to_this_process() {
             return Err(SdkError::Forked);
         }
+        let facts = &self.description().facts;
+        if facts.task != Task::Embed {
+            let message = format!("the model is a {}: it gives no embeddings", facts.task.name());
+            return Err(SdkError::Refused { code: Code::WrongTask, message, retry_after: Duration::ZERO });
+        }
+        let rows = match prompted(texts, &options.prompt, facts)? {
+            Some(texts) => self.embed_as_they_are(&texts, options),
+            None => self.embed_as_they_are(texts, options),
+        }?;
+        rows.shortened(options.dimensions)
+    }
+
+    fn embed_as_they_are<T: AsRef<str>>(
+        &self,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
         let Some(cache) = self.shared.cache.as_ref().filter(|_| !options.bypass_cache) else {
-            return self.compute_all(texts);
+            return self.shared.computer.embed(texts);
         };
         let found = cache.look_up(texts);
         if found.missing.is_empty() {
             return Ok(found.rows);
         }
         if found.rows.is_empty() {
-            return self.compute_all(texts);
+            return self.shared.computer.embed(texts);
         }
         let missing: Vec<&str> = found.missing.iter().map(|index| texts[*index].as_ref()).collect();
-        let computed = self.compute_all(&missing)?;
+        let computed = self.shared.computer.embed(&missing)?;
         // Of one generation, so this does not fail; were it so, computing all is right.
-        found.merge(&computed).map_or_else(|| self.compute_all(texts), Ok)
-    }
-
-    fn compute_all<T: AsRef<str>>(&self, texts: &[T]) -> Result<Embeddings, SdkError> {
-        let info = self.shared.engine.info();
-        let mut all = Embeddings::with_capacity(info.output_dim, info.fingerprint, texts.len());
-        for some in texts.chunks(TEXTS_AT_ONCE) {
-            let some: Vec<&str> = some.iter().map(AsRef::as_ref).collect();
-            let rows = self.compute(|engine| engine.embed(&some))?;
-            all.append(Embeddings::from_parts(
-                rows.dim,
-                info.fingerprint,
-                vec![false; some.len()],
-                rows.values,
-            ));
-        }
-        Ok(all)
+        found.merge(&computed).map_or_else(|| self.shared.computer.embed(texts), Ok)
     }
 
     /// For each text the byte ranges of its tokens.
@@ -224,24 +192,6 @@ impl AttachedModel {
     /// # Errors
     /// As [`AttachedModel::embed`].
     pub fn token_spans<T: AsRef<str>>(&self, texts: &[T]) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
-        self.compute(|engine| texts.iter().map(|text| engine.token_spans(text.as_ref())).collect())
-    }
-
-    fn compute<R>(
-        &self,
-        work: impl FnOnce(&engine::Model) -> Result<R, engine::ModelError>,
-    ) -> Result<R, SdkError> {
-        if self.shared.generation != shm_os::fork_generation() {
-            return Err(SdkError::Forked);
-        }
-        COMPUTES_IN.store(self.shared.generation, Ordering::Relaxed);
-        let outcome = work(&self.shared.engine).map_err(|error| SdkError::Local(error.to_string().into()));
-        if self.shared.image.0.is_poisoned() {
-            // Zeros were read in place of weights.
-            return Err(SdkError::Local(
-                "the model's image file was cut while it was in use: attach again".into(),
-            ));
-        }
-        outcome
+        self.shared.computer.token_spans(texts)
     }
 }

@@ -6,8 +6,9 @@ use crate::fork_cell::ForkCell;
 use crate::model::Model;
 use crate::session::Reply;
 use crate::settings::{ModelRequest, Settings, StartBroker, cut};
+use crate::sharing::Fallback;
 use crate::time::Deadline;
-use shm_layout::wire::{ClientMessage, StatusReport, Welcome};
+use shm_layout::wire::{ClientMessage, ConfigurationReloaded, StatusReport, Welcome};
 use shm_os::socket::AllowedPeer;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -80,7 +81,7 @@ impl Client {
     /// [`SdkError`] when the broker is not there or does not answer in time. None is started for the question.
     pub fn status(&self) -> Result<StatusReport, SdkError> {
         let core = self.core();
-        let deadline = Deadline::after(Some(core.settings.patience));
+        let deadline = Deadline::after(Some(core.settings.patience()));
         match core.ask(&ClientMessage::Status, StartBroker::Never, deadline)?.1 {
             Reply::Status(report) => Ok(*report),
             other => Err(unexpected(&other)),
@@ -93,7 +94,7 @@ impl Client {
     /// As [`Client::status`].
     pub fn broker(&self) -> Result<Welcome, SdkError> {
         let core = self.core();
-        let deadline = Deadline::after(Some(core.settings.patience));
+        let deadline = Deadline::after(Some(core.settings.patience()));
         core.session(StartBroker::Never, deadline, &mut |_| {})?.wait_welcome(deadline)
     }
 
@@ -103,7 +104,7 @@ impl Client {
     /// As [`Client::status`].
     pub fn ping(&self) -> Result<(), SdkError> {
         let core = self.core();
-        let deadline = Deadline::after(Some(core.settings.patience));
+        let deadline = Deadline::after(Some(core.settings.patience()));
         match core.ask(&ClientMessage::Ping, StartBroker::Never, deadline)?.1 {
             Reply::Pong => Ok(()),
             other => Err(unexpected(&other)),
@@ -132,6 +133,21 @@ impl Client {
         }
     }
 
+    /// Asks the broker to read its configuration again, as SIGHUP does; says what changed and what cannot change while it
+    /// runs. Starts no broker.
+    ///
+    /// # Errors
+    /// [`SdkError::Refused`] with [`Code::ConfigInvalid`](crate::Code::ConfigInvalid) when the new configuration cannot be
+    /// used: then nothing changes. As [`Client::status`] otherwise.
+    pub fn reload_configuration(&self) -> Result<ConfigurationReloaded, SdkError> {
+        let core = self.core();
+        let deadline = Deadline::after(Some(core.settings.patience()));
+        match core.ask(&ClientMessage::ReloadConfiguration, StartBroker::Never, deadline)?.1 {
+            Reply::ConfigurationReloaded(what) => Ok(what),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Times that the connection was made anew.
     #[must_use]
     pub fn reconnects(&self) -> u64 {
@@ -143,6 +159,16 @@ impl Client {
     pub fn socket(&self) -> &Path {
         &self.handle.settings.socket
     }
+}
+
+/// Refuses a fallback that this build cannot do.
+pub(crate) fn check_local(fallback: Fallback) -> Result<(), SdkError> {
+    if fallback == Fallback::Local && !cfg!(feature = "local") {
+        return Err(SdkError::Argument(
+            "Fallback::Local needs worker-sdk's feature `local`: build the program with it, or choose Fallback::Error".into(),
+        ));
+    }
+    Ok(())
 }
 
 pub(crate) fn unexpected(reply: &Reply) -> SdkError {
@@ -187,7 +213,38 @@ impl ClientBuilder {
     /// How long calls without a timeout of their own wait for a broker that went away, or for room in one that is
     /// overloaded (30 s). Calls with a timeout wait as long as that says.
     pub fn patience(mut self, patience: Duration) -> ClientBuilder {
-        self.settings.patience = patience;
+        self.settings.chosen_patience = Some(patience);
+        self
+    }
+
+    /// What happens when the shared model cannot be had, instead of what `MODELBROKER_FALLBACK` says
+    /// ([`Fallback::Error`]). With [`Fallback::Local`] connecting succeeds also where no broker is, and calls wait 3 s for
+    /// one that went away unless [`ClientBuilder::patience`] says otherwise, whatever their own timeouts.
+    pub fn fallback(mut self, fallback: Fallback) -> ClientBuilder {
+        self.settings.fallback = fallback;
+        self
+    }
+
+    /// Whether this program uses the shared models at all, instead of what `MODELBROKER_SHARING_ENABLED` (or
+    /// `CORE_MODEL_MANAGER_SHARING_ENABLED`) says. Switched off, models are loaded in this process (feature `local`) and no
+    /// broker is looked for.
+    pub fn sharing(mut self, enabled: bool) -> ClientBuilder {
+        self.settings.sharing.enabled = enabled;
+        self
+    }
+
+    /// Which share of programs uses the shared models, 0 to 100 (more counts as 100), instead of what
+    /// `MODELBROKER_SHARING_ROLLOUT_PERCENT` (or `CORE_MODEL_MANAGER_SHARING_ROLLOUT_PERCENT`) says. Whether this one is among
+    /// them depends on its name alone: see [`crate::rollout_bucket`].
+    pub fn rollout_percent(mut self, percent: u8) -> ClientBuilder {
+        self.settings.sharing.rollout_percent = percent.min(100);
+        self
+    }
+
+    /// Where models that are loaded in this process ([`Fallback::Local`]) and their compiled images are cached, instead of
+    /// what `MODELBROKER_CACHE_DIR` says. The broker's own folder is best: then nothing is compiled twice.
+    pub fn cache_dir(mut self, folder: impl Into<PathBuf>) -> ClientBuilder {
+        self.settings.cache_dir = Some(folder.into());
         self
     }
 
@@ -208,10 +265,30 @@ impl ClientBuilder {
     /// # Errors
     /// As [`Client::connect`].
     pub fn connect(self) -> Result<Client, SdkError> {
+        if let Some(problem) = self.settings.problems.first() {
+            return Err(problem.clone());
+        }
+        let fallback = self.settings.fallback;
+        check_local(fallback)?;
+        let shares = self.settings.shares();
         let handle = Handle { settings: Arc::new(self.settings), cores: ForkCell::new() };
         let client = Client { handle: Arc::new(handle) };
         let core = client.core();
-        core.session(core.settings.start, Deadline::after(None), &mut |_| {})?;
+        if !shares {
+            let reason = core.settings.why_not();
+            if !cfg!(feature = "local") {
+                return Err(SdkError::SharingOff { reason });
+            }
+            tracing::info!(%reason, "sharing is off for this program: models are loaded in it");
+            return Ok(client);
+        }
+        match core.session(core.settings.start, Deadline::after(None), &mut |_| {}) {
+            Ok(_) => {}
+            Err(error) if fallback == Fallback::Local && error.is_broker_absence() => {
+                tracing::warn!(code = error.code(), reason = %error, "no broker: models are loaded in this process");
+            }
+            Err(error) => return Err(error),
+        }
         Ok(client)
     }
 }

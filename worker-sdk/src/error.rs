@@ -70,7 +70,7 @@ pub enum SdkError {
     /// The peer broke the protocol, repeatedly.
     #[error("{peer} broke the protocol: {what}; use one version of modelbroker for all programs")]
     Fault {
-        /// Who: `the broker` or `the engine`.
+        /// Who: `the broker`, `the engine` or `the provider`.
         peer: &'static str,
         /// What it did.
         what: String,
@@ -89,6 +89,23 @@ pub enum SdkError {
     /// The operating system refused something.
     #[error("{0}")]
     Os(String),
+    /// Sharing is switched off for this program, and it cannot load models itself.
+    #[error(
+        "sharing is switched off for this program ({reason}), and it was built without the feature `local`, so it cannot load \
+         models itself: switch sharing on, or build it with `local`"
+    )]
+    SharingOff {
+        /// What switched it off.
+        reason: String,
+    },
+    /// The shared model could not be had, and loading it in this process failed as well.
+    #[error("{shared}; loading the model in this process failed as well: {private}")]
+    BothFailed {
+        /// Why the shared one could not be had.
+        shared: Arc<SdkError>,
+        /// Why the private one could not be loaded.
+        private: Arc<str>,
+    },
     /// Computing in this process failed.
     #[error("computing in this process failed: {0}")]
     Local(Arc<str>),
@@ -114,6 +131,8 @@ impl SdkError {
             SdkError::Forked => "FORKED",
             SdkError::Os(_) => "OS_ERROR",
             SdkError::Local(_) => "LOCAL_COMPUTE",
+            SdkError::SharingOff { .. } => "SHARING_OFF",
+            SdkError::BothFailed { shared, .. } => shared.code(),
             SdkError::Refused { .. }
             | SdkError::DeadlineExceeded(_)
             | SdkError::Cancelled
@@ -129,6 +148,7 @@ impl SdkError {
             SdkError::DeadlineExceeded(_) => Some(Code::DeadlineExceeded),
             SdkError::Cancelled => Some(Code::Cancelled),
             SdkError::Input(error) => Some(error.code()),
+            SdkError::BothFailed { shared, .. } => shared.protocol_code(),
             _ => None,
         }
     }
@@ -152,6 +172,7 @@ impl SdkError {
                             | Code::TooMany
                     )
             }
+            SdkError::BothFailed { shared, .. } => shared.is_retryable(),
             _ => false,
         }
     }

@@ -32,6 +32,8 @@ struct Parts {
     ids: Vec<u64>,
     next: usize,
     result: Embeddings,
+    /// How many numbers of each vector are wanted.
+    dimensions: Option<usize>,
     bad_answers: u32,
     model_changes: u32,
     finished: bool,
@@ -52,6 +54,7 @@ impl Job {
         specs: Vec<Arc<JobSpec>>,
         ids: Vec<u64>,
         empty: Embeddings,
+        dimensions: Option<usize>,
     ) -> Job {
         let parts = Parts {
             seat,
@@ -59,6 +62,7 @@ impl Job {
             ids,
             next: 0,
             result: empty,
+            dimensions,
             bad_answers: 0,
             model_changes: 0,
             finished: false,
@@ -77,28 +81,29 @@ impl Job {
     /// # Errors
     /// As [`Model::embed_with`]; [`SdkError::Cancelled`] after [`Job::cancel`].
     pub fn wait(mut self) -> Result<Embeddings, SdkError> {
-        let parts = &mut self.parts;
-        parts.check_process()?;
-        while let Some(id) = parts.pending() {
-            let outcome = parts.seat.wait(id);
-            parts.take(outcome)?;
+        self.parts.wait().or_else(|error| self.rescue(error))
+    }
+
+    /// The result from a private model, where the shared one failed and the model has that way; the failure otherwise. In
+    /// futures this blocks while it computes.
+    #[cfg(feature = "local")]
+    fn rescue(&mut self, error: SdkError) -> Result<Embeddings, SdkError> {
+        if !self.parts.seat.belongs_to_this_process() {
+            return Err(error);
         }
-        parts.finish()
+        let dimensions = self.parts.dimensions;
+        self.model.rescue(error, &self.parts.specs)?.shortened(dimensions)
+    }
+
+    #[cfg(not(feature = "local"))]
+    fn rescue(&mut self, error: SdkError) -> Result<Embeddings, SdkError> {
+        Err(error)
     }
 
     /// The result if it is there; `None` while it is not. After it was given there is nothing more to be had.
     pub fn try_take(&mut self) -> Option<Result<Embeddings, SdkError>> {
-        let parts = &mut self.parts;
-        if let Err(error) = parts.check_process() {
-            return Some(Err(error));
-        }
-        while let Some(id) = parts.pending() {
-            let outcome = parts.seat.try_take(id)?;
-            if let Err(error) = parts.take(outcome) {
-                return Some(Err(error));
-            }
-        }
-        Some(parts.finish())
+        let outcome = self.parts.try_take()?;
+        Some(outcome.or_else(|error| self.rescue(error)))
     }
 
     /// Gives up the job: whoever waits for it gets [`SdkError::Cancelled`], and what has not been computed is not.
@@ -110,6 +115,39 @@ impl Job {
 }
 
 impl Parts {
+    fn wait(&mut self) -> Result<Embeddings, SdkError> {
+        self.check_process()?;
+        while let Some(id) = self.pending() {
+            let outcome = self.seat.wait(id);
+            self.take(outcome)?;
+        }
+        self.finish()
+    }
+
+    fn try_take(&mut self) -> Option<Result<Embeddings, SdkError>> {
+        if let Err(error) = self.check_process() {
+            return Some(Err(error));
+        }
+        while let Some(id) = self.pending() {
+            let outcome = self.seat.try_take(id)?;
+            if let Err(error) = self.take(outcome) {
+                return Some(Err(error));
+            }
+        }
+        Some(self.finish())
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Embeddings, SdkError>> {
+        self.check_process()?;
+        while let Some(id) = self.pending() {
+            match self.seat.poll(id, context.waker()) {
+                Poll::Ready(outcome) => self.take(outcome)?,
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        Poll::Ready(self.finish())
+    }
+
     fn check_process(&self) -> Result<(), SdkError> {
         if self.seat.belongs_to_this_process() { Ok(()) } else { Err(SdkError::Forked) }
     }
@@ -156,7 +194,7 @@ impl Parts {
                 self.bad_answers += 1;
                 self.seat.distrust(answer.link_number, &error.to_string());
                 if self.bad_answers > MAX_BAD_ANSWERS {
-                    return Err(SdkError::Fault { peer: "the engine", what: error.to_string() });
+                    return Err(SdkError::Fault { peer: answer.peer(), what: error.to_string() });
                 }
                 self.ids[self.next] = self.seat.enqueue(Arc::clone(&self.specs[self.next]));
             }
@@ -169,7 +207,8 @@ impl Parts {
             return Err(SdkError::Cancelled);
         }
         let (dim, fingerprint) = (self.result.dim(), self.result.fingerprint());
-        Ok(std::mem::replace(&mut self.result, Embeddings::with_capacity(dim, fingerprint, 0)))
+        let whole = std::mem::replace(&mut self.result, Embeddings::with_capacity(dim, fingerprint, 0));
+        whole.shortened(self.dimensions)
     }
 }
 
@@ -177,14 +216,9 @@ impl Future for Job {
     type Output = Result<Embeddings, SdkError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let parts = &mut self.parts;
-        parts.check_process()?;
-        while let Some(id) = parts.pending() {
-            match parts.seat.poll(id, context.waker()) {
-                Poll::Ready(outcome) => parts.take(outcome)?,
-                Poll::Pending => return Poll::Pending,
-            }
+        match self.parts.poll(context) {
+            Poll::Ready(outcome) => Poll::Ready(outcome.or_else(|error| self.rescue(error))),
+            Poll::Pending => Poll::Pending,
         }
-        Poll::Ready(parts.finish())
     }
 }

@@ -1,18 +1,26 @@
 //! A leased model as callers use it: blocking calls here, futures in `job`. How jobs travel is `seat`'s.
 
 use crate::cache::Found;
-use crate::client::Client;
+use crate::client::{Client, check_local};
+#[cfg(feature = "local")]
+use crate::compute::Computer;
 use crate::embeddings::Embeddings;
 use crate::error::SdkError;
+#[cfg(feature = "local")]
+use crate::fallback::{PrivateWay, describe};
 use crate::fork_cell::ForkCell;
 use crate::job::Job;
+use crate::prompt::{Prompt, prompted};
 use crate::seat::{Answer, JobSpec, Seat, SeatRequest};
-use crate::settings::{EmbedOptions, ModelRequest};
+use crate::settings::{EmbedOptions, ModelRequest, Route};
+use crate::sharing::{Fallback, Way};
 use crate::split::split;
 use crate::time::Deadline;
 use shm_layout::limits::MAX_TEXT_BYTES;
+#[cfg(feature = "local")]
+use shm_layout::payload::decode_texts;
 use shm_layout::payload::{PayloadError, decode_embeddings, decode_token_spans, encode_texts};
-use shm_layout::wire::{ModelDescription, Operation};
+use shm_layout::wire::{LoadProgress, ModelDescription, Operation};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -39,12 +47,18 @@ struct Handle {
     client: Client,
     request: Arc<SeatRequest>,
     seats: ForkCell<Seat>,
+    /// The seat for jobs that travel as frames, where the other has a lane; made when it is needed.
+    relay_request: Arc<SeatRequest>,
+    relays: ForkCell<Seat>,
+    /// The way without a broker, where the caller wants one.
+    #[cfg(feature = "local")]
+    private: Option<PrivateWay>,
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
         // In a forked child that never used the model there is nothing to close: the seat inside is the parent's.
-        if let Some(seat) = self.seats.get() {
+        for seat in [self.seats.get(), self.relays.get()].into_iter().flatten() {
             seat.close();
         }
     }
@@ -53,22 +67,96 @@ impl Drop for Handle {
 impl Model {
     pub(crate) fn lease(client: &Client, mut request: ModelRequest) -> Result<Model, SdkError> {
         request.check()?;
-        let wanted =
-            Arc::new(SeatRequest { name: request.resolved_name(), wait: request.wait, route: request.route });
-        let handle = Handle { client: client.clone(), request: wanted, seats: ForkCell::new() };
+        let core = client.core();
+        let fallback = request.fallback.unwrap_or(core.settings.fallback);
+        check_local(fallback)?;
+        let wanted = Arc::new(SeatRequest {
+            name: request.resolved_name(),
+            wait: request.wait,
+            route: request.route,
+            fall_back: fallback == Fallback::Local,
+        });
+        let relayed = SeatRequest {
+            name: wanted.name.clone(),
+            wait: wanted.wait,
+            route: Route::Socket,
+            fall_back: false,
+        };
+        let shares = core.settings.shares();
+        if !shares && !cfg!(feature = "local") {
+            return Err(SdkError::SharingOff { reason: core.settings.why_not() });
+        }
+        let handle = Handle {
+            client: client.clone(),
+            #[cfg(feature = "local")]
+            private: (!shares || fallback == Fallback::Local)
+                .then(|| PrivateWay::new(wanted.name.clone(), !shares, core.settings.cache_dir.clone())),
+            request: wanted,
+            seats: ForkCell::new(),
+            relay_request: Arc::new(relayed),
+            relays: ForkCell::new(),
+        };
         let model = Model { handle: Arc::new(handle) };
-        let mut watch = |step| {
-            if let (Some(step), Some(progress)) = (step, &mut request.progress) {
+        let mut report = |step: LoadProgress| {
+            if let Some(progress) = &mut request.progress {
                 progress(step);
             }
         };
-        model.seat().open(Deadline::after(None), &mut watch)?;
+        if shares {
+            let mut watch = |step: Option<LoadProgress>| step.into_iter().for_each(&mut report);
+            let opened = model.seat().open(Deadline::after(None), &mut watch);
+            #[cfg(feature = "local")]
+            if let (Err(error), Some(private)) = (&opened, &model.handle.private) {
+                private.fall_back(&model.seat(), error.clone(), &mut report)?;
+                return Ok(model);
+            }
+            opened?;
+        } else {
+            #[cfg(feature = "local")]
+            if let Some(private) = &model.handle.private {
+                private.model(None, &mut report)?;
+            }
+        }
         Ok(model)
+    }
+
+    /// Which way calls go just now: to the shared model, or to one that this process loaded because the shared one could not be
+    /// had ([`Fallback::Local`]) or sharing is switched off. [`Embeddings::way`] says it of a result.
+    #[must_use]
+    pub fn route_in_use(&self) -> Way {
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            return private.in_use();
+        }
+        Way::Shared
+    }
+
+    /// The result of jobs whose shared model failed, from a private one where this model has that way.
+    #[cfg(feature = "local")]
+    pub(crate) fn rescue(&self, error: SdkError, specs: &[Arc<JobSpec>]) -> Result<Embeddings, SdkError> {
+        let Some(private) = &self.handle.private else { return Err(error) };
+        let model = private.fall_back(&self.seat(), error, &mut |_| {})?;
+        let mut texts = Vec::new();
+        for spec in specs {
+            texts.extend(decode_texts(&spec.payload)?);
+        }
+        Ok(model.embed(&texts)?.computed_privately())
     }
 
     pub(crate) fn seat(&self) -> Arc<Seat> {
         let handle = &*self.handle;
         handle.seats.get_or_make(|| Arc::new(Seat::new(handle.client.core(), Arc::clone(&handle.request))))
+    }
+
+    /// The seat of jobs that travel as frames.
+    pub(crate) fn relay_seat(&self) -> Arc<Seat> {
+        let handle = &*self.handle;
+        if handle.request.route == Route::Socket {
+            return self.seat();
+        }
+        handle
+            .relays
+            .get_or_make(|| Arc::new(Seat::new(handle.client.core(), Arc::clone(&handle.relay_request))))
     }
 
     #[cfg(feature = "local")]
@@ -87,10 +175,16 @@ impl Model {
     /// # Errors
     /// Only in a forked child, where the lease is taken up first.
     pub fn description(&self) -> Result<Arc<ModelDescription>, SdkError> {
-        self.seat().model()
+        let seat = self.seat();
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            return private.run(&seat, || seat.model(), |model| Ok(Arc::new(describe(model))));
+        }
+        seat.model()
     }
 
-    /// Times that the lease was taken up anew, because the broker went away or a peer broke the protocol.
+    /// Times that the lease was taken up anew, because the broker went away, a peer broke the protocol, or the model was
+    /// reloaded.
     #[must_use]
     pub fn reconnects(&self) -> u64 {
         self.seat().relinks()
@@ -114,20 +208,51 @@ impl Model {
         texts: &[T],
         options: &EmbedOptions,
     ) -> Result<Embeddings, SdkError> {
-        let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
-        if let Some(found) = self.look_up(&seat, texts, options)? {
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            let rows = private.run(
+                &seat,
+                || self.embed_prompted(&seat, texts, options),
+                |model| embed_privately(model, texts, options),
+            )?;
+            return rows.shortened(options.dimensions);
+        }
+        self.embed_prompted(&seat, texts, options)?.shortened(options.dimensions)
+    }
+
+    fn embed_prompted<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
+        match prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            Some(texts) => self.embed_shared(seat, &texts, options),
+            None => self.embed_shared(seat, texts, options),
+        }
+    }
+
+    fn embed_shared<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Embeddings, SdkError> {
+        let deadline = Deadline::after(options.timeout);
+        seat.freshen();
+        if let Some(found) = self.look_up(seat, texts, options)? {
             if found.missing.is_empty() {
                 return Ok(found.rows);
             }
             let missing: Vec<&str> = found.missing.iter().map(|index| texts[*index].as_ref()).collect();
-            let computed = self.compute(&seat, &missing, options, deadline)?;
+            let computed = self.compute(seat, &missing, options, deadline)?;
             if let Some(all) = found.merge(&computed) {
                 return Ok(all);
             }
             // The model was replaced meanwhile: what was found belongs to the old one.
         }
-        self.compute(&seat, texts, options, deadline)
+        self.compute(seat, texts, options, deadline)
     }
 
     /// What of a list the cache has; `None` when it has nothing of it, or is not to be asked.
@@ -166,7 +291,8 @@ impl Model {
             let model = seat.model()?;
             let parts = split(texts, Operation::Embed, model.output_dim as usize)?;
             let mut all: Option<Embeddings> = None;
-            let whole = run(seat, texts, parts, options.operation(), options, deadline, |range, answer| {
+            let make = |part| spec(texts, part, options.operation(), options, deadline);
+            let whole = run(seat, parts, make, |range, answer| {
                 let rows = embeddings(&answer, range.len())?;
                 match &mut all {
                     None => {
@@ -191,35 +317,77 @@ impl Model {
     }
 
     /// Sends a list and gives a handle on its result at once: a future, or something to wait for or cancel. Waits only
-    /// while a great many jobs are in line already. The handle keeps a copy of the texts, and the lease.
+    /// while a great many jobs are in line already. The handle keeps a copy of the texts, and the lease. On a private model
+    /// ([`Fallback::Local`]) they are computed before this returns.
     ///
     /// # Errors
     /// As [`Model::embed_with`].
     pub fn submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
-        let deadline = Deadline::after(options.timeout);
         let seat = self.seat();
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            let dimensions = options.dimensions;
+            let done =
+                |rows| Job::new(self.clone(), Arc::clone(&seat), Vec::new(), Vec::new(), rows, dimensions);
+            return private.run(
+                &seat,
+                || self.submit_prompted(&seat, texts, options),
+                |model| embed_privately(model, texts, options).map(done),
+            );
+        }
+        self.submit_prompted(&seat, texts, options)
+    }
+
+    fn submit_prompted<T: AsRef<str>>(
+        &self,
+        seat: &Arc<Seat>,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Job, SdkError> {
+        match prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            Some(texts) => self.submit_shared(seat, &texts, options),
+            None => self.submit_shared(seat, texts, options),
+        }
+    }
+
+    fn submit_shared<T: AsRef<str>>(
+        &self,
+        seat: &Arc<Seat>,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Job, SdkError> {
+        let deadline = Deadline::after(options.timeout);
+        let seat = Arc::clone(seat);
+        seat.freshen();
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
-            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
+            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows, options.dimensions));
         }
         // Sent whole: the engine finds what the cache has, and its answer is of one model.
         let (specs, empty) = self.specs(&seat, texts, options, deadline)?;
         seat.wait_room(deadline)?;
         let ids = specs.iter().map(|spec| seat.enqueue(Arc::clone(spec))).collect();
-        Ok(Job::new(self.clone(), seat, specs, ids, empty))
+        Ok(Job::new(self.clone(), seat, specs, ids, empty, options.dimensions))
     }
 
     /// As [`Model::submit`], but never waits.
     ///
     /// # Errors
-    /// [`SdkError::WouldBlock`] when there is no room for all of it just now, or the broker is away; nothing was sent.
+    /// [`SdkError::WouldBlock`] when there is no room for all of it just now, or the broker is away; nothing was sent. With
+    /// [`Fallback::Local`] as well: [`Model::submit`] goes on privately then.
     pub fn try_submit<T: AsRef<str>>(&self, texts: &[T], options: &EmbedOptions) -> Result<Job, SdkError> {
+        if self.route_in_use() == Way::Private {
+            return Err(SdkError::WouldBlock);
+        }
         let seat = self.seat();
+        if let Some(texts) = prompted(texts, &options.prompt, &seat.model()?.facts)? {
+            return self.try_submit(&texts, &options.clone().prompt(Prompt::None));
+        }
         if let Some(found) = self.look_up(&seat, texts, options)?.filter(|found| found.missing.is_empty()) {
-            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows));
+            return Ok(Job::new(self.clone(), seat, Vec::new(), Vec::new(), found.rows, options.dimensions));
         }
         let (specs, empty) = self.specs(&seat, texts, options, Deadline::after(options.timeout))?;
         let ids = seat.try_enqueue(&specs)?;
-        Ok(Job::new(self.clone(), seat, specs, ids, empty))
+        Ok(Job::new(self.clone(), seat, specs, ids, empty, options.dimensions))
     }
 
     fn specs<T: AsRef<str>>(
@@ -255,15 +423,63 @@ impl Model {
         options: &EmbedOptions,
     ) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
         let seat = self.seat();
+        #[cfg(feature = "local")]
+        if let Some(private) = &self.handle.private {
+            return private.run(
+                &seat,
+                || self.spans_shared(&seat, texts, options),
+                |model| {
+                    check_lengths(texts)?;
+                    model.token_spans(texts)
+                },
+            );
+        }
+        self.spans_shared(&seat, texts, options)
+    }
+
+    fn spans_shared<T: AsRef<str>>(
+        &self,
+        seat: &Seat,
+        texts: &[T],
+        options: &EmbedOptions,
+    ) -> Result<Vec<Vec<Range<usize>>>, SdkError> {
+        seat.freshen();
         let parts = split(texts, Operation::Tokenize, 1)?;
         let mut all = Vec::with_capacity(texts.len());
         let deadline = Deadline::after(options.timeout);
-        run(&seat, texts, parts, Operation::Tokenize, options, deadline, |range, answer| {
+        let make = |part| spec(texts, part, Operation::Tokenize, options, deadline);
+        run(seat, parts, make, |range, answer| {
             let texts: Vec<&str> = texts[range].iter().map(AsRef::as_ref).collect();
             all.append(&mut decode_token_spans(&answer.bytes, &texts)?);
             Ok(true)
         })?;
         Ok(all)
+    }
+}
+
+/// Vectors from a model in this process, for the same texts as a broker takes.
+#[cfg(feature = "local")]
+fn embed_privately<T: AsRef<str>>(
+    model: &Computer,
+    texts: &[T],
+    options: &EmbedOptions,
+) -> Result<Embeddings, SdkError> {
+    check_lengths(texts)?;
+    let rows = match prompted(texts, &options.prompt, &describe(model).facts)? {
+        Some(texts) => model.embed(&texts),
+        None => model.embed(texts),
+    };
+    Ok(rows?.computed_privately())
+}
+
+#[cfg(feature = "local")]
+fn check_lengths<T: AsRef<str>>(texts: &[T]) -> Result<(), SdkError> {
+    let too_long = |text: &T| text.as_ref().len() > MAX_TEXT_BYTES;
+    match texts.iter().position(too_long) {
+        Some(index) => {
+            Err(PayloadError::TextTooLong { index, len_bytes: texts[index].as_ref().len() }.into())
+        }
+        None => Ok(()),
     }
 }
 
@@ -273,10 +489,13 @@ pub(crate) fn embeddings(answer: &Answer, texts: usize) -> Result<Embeddings, Pa
     if rows.dim != answer.dim {
         return Err(PayloadError::Malformed("vectors of another dimension than the model's"));
     }
+    if !rows.values.iter().all(|number| number.is_finite()) {
+        return Err(PayloadError::Malformed("a vector with a number that is not finite"));
+    }
     Ok(Embeddings::from_parts(rows.dim, rows.fingerprint, rows.cached, rows.values))
 }
 
-fn spec<T: AsRef<str>>(
+pub(crate) fn spec<T: AsRef<str>>(
     texts: &[T],
     part: Range<usize>,
     operation: Operation,
@@ -305,13 +524,10 @@ impl Drop for InFlight<'_> {
 
 /// Sends the parts of a list, a window of them ahead, and hands the answers to `take` in order; false as soon as `take`
 /// says false. An unreadable answer is asked for again over another lane.
-fn run<T: AsRef<str>>(
+pub(crate) fn run(
     seat: &Seat,
-    texts: &[T],
     parts: Vec<Range<usize>>,
-    operation: Operation,
-    options: &EmbedOptions,
-    deadline: Deadline,
+    make: impl Fn(Range<usize>) -> Result<Arc<JobSpec>, SdkError>,
     mut take: impl FnMut(Range<usize>, Answer) -> Result<bool, PayloadError>,
 ) -> Result<bool, SdkError> {
     let mut flight = InFlight { seat, jobs: VecDeque::with_capacity(WINDOW_JOBS) };
@@ -320,12 +536,12 @@ fn run<T: AsRef<str>>(
     loop {
         while flight.jobs.len() < WINDOW_JOBS {
             let Some(part) = parts.next() else { break };
-            let spec = spec(texts, part.clone(), operation, options, deadline)?;
+            let spec = make(part.clone())?;
             flight.jobs.push_back((part, seat.enqueue(Arc::clone(&spec)), spec));
         }
         let Some((part, id, spec)) = flight.jobs.pop_front() else { return Ok(true) };
         let answer = seat.wait(id)?;
-        let link_number = answer.link_number;
+        let (link_number, peer) = (answer.link_number, answer.peer());
         match take(part.clone(), answer) {
             Ok(true) => {}
             Ok(false) => return Ok(false),
@@ -333,7 +549,7 @@ fn run<T: AsRef<str>>(
                 bad_answers += 1;
                 seat.distrust(link_number, &error.to_string());
                 if bad_answers > MAX_BAD_ANSWERS {
-                    return Err(SdkError::Fault { peer: "the engine", what: error.to_string() });
+                    return Err(SdkError::Fault { peer, what: error.to_string() });
                 }
                 flight.jobs.push_front((part, seat.enqueue(Arc::clone(&spec)), spec));
             }

@@ -13,6 +13,7 @@ mod driver;
 mod jobs;
 mod lead;
 mod link;
+mod renew;
 
 pub(crate) use jobs::{Answer, JobSpec};
 
@@ -25,7 +26,8 @@ use jobs::Jobs;
 use link::{Arrival, Link};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_PAYLOAD_BYTES;
-use shm_layout::wire::ModelDescription;
+use shm_layout::wire::{ModelDescription, Partial};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -49,6 +51,17 @@ pub(crate) struct SeatRequest {
     pub(crate) name: String,
     pub(crate) wait: Duration,
     pub(crate) route: Route,
+    /// The caller can go on without a broker: jobs with a deadline wait for one no longer than those without.
+    pub(crate) fall_back: bool,
+}
+
+/// How far a job is whose answer comes in pieces.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// More of the text.
+    Piece(String),
+    /// Its end.
+    End(Result<Answer, SdkError>),
 }
 
 #[derive(Debug)]
@@ -86,6 +99,10 @@ pub(crate) struct Seat {
     cache: RwLock<Option<Arc<ClientCache>>>,
     /// Wakes the background thread.
     driver: Condvar,
+    /// When the broker's news are looked for again.
+    look_due_ns: AtomicU64,
+    /// A thread is taking up a new generation.
+    renewing: AtomicBool,
 }
 
 type Guard<'a> = MutexGuard<'a, State>;
@@ -111,6 +128,8 @@ impl Seat {
             state: Mutex::new(state),
             cache: RwLock::new(None),
             driver: Condvar::new(),
+            look_due_ns: AtomicU64::new(0),
+            renewing: AtomicBool::new(false),
         }
     }
 
@@ -149,6 +168,20 @@ impl Seat {
             return Ok(Arc::clone(model));
         }
         self.open(Deadline::after(None), &mut |_| {})
+    }
+
+    /// The model as it was last leased; `None` where it never was.
+    #[cfg(feature = "local")]
+    pub(crate) fn known_model(&self) -> Option<Arc<ModelDescription>> {
+        self.lock().model.clone()
+    }
+
+    /// Whether there is a lease with a broker that lives, as far as is known.
+    #[cfg(feature = "local")]
+    pub(crate) fn is_linked(&self) -> bool {
+        let mut state = self.lock();
+        self.look_after_silence(&mut state);
+        state.link.as_ref().is_some_and(|link| link.session.check_alive())
     }
 
     /// The cache to look into before a job is made.
@@ -254,10 +287,17 @@ impl Seat {
         }
     }
 
+    /// Keeps a piece of an answer for whoever reads it. A job that is run anew sends its pieces again: those that are there are
+    /// left out, by their place.
+    fn add_piece(&self, state: &mut State, job: u64, partial: Partial) {
+        if state.jobs.add_piece(job, partial.offset_bytes, &partial.text).is_err() {
+            self.fault(state, "a piece of a text that leaves a hole, or more than a text may have");
+        }
+    }
+
     fn deliver_one(&self, state: &mut State, arrival: Arrival) {
-        let Some((dim, link_number)) = state.link.as_ref().map(|link| (link.dim(), link.number)) else {
-            return;
-        };
+        let known = state.link.as_ref().map(|link| (link.dim(), link.number, link.is_provided()));
+        let Some((dim, link_number, provided)) = known else { return };
         let Arrival { job: id, status, bytes, retry_after } = arrival;
         if state.jobs.sent_as(id).is_none() {
             // Cancelled, late, or nobody's any more.
@@ -274,7 +314,7 @@ impl Seat {
         match status {
             Code::Ok => {
                 state.faults = 0;
-                state.jobs.finish(id, Ok(Answer { bytes, dim, link_number }));
+                state.jobs.finish(id, Ok(Answer { bytes, dim, link_number, provided }));
             }
             Code::OutputTooSmall if entry.capacity_bytes.is_none_or(|bytes| bytes < MAX_PAYLOAD_BYTES) => {
                 let before = entry.capacity_bytes.unwrap_or(MAX_PAYLOAD_BYTES / CAPACITY_FACTOR);
@@ -288,7 +328,7 @@ impl Seat {
                 entry.refusals += 1;
                 let given_up = match entry.spec.deadline.at() {
                     Some(at) => now + pause >= at,
-                    None => now.duration_since(since) > self.core.settings.patience,
+                    None => now.duration_since(since) > self.core.settings.patience(),
                 };
                 if given_up {
                     state.jobs.finish(id, Err(refused(status)));
@@ -327,7 +367,9 @@ impl Seat {
     /// An answer that came over link `link_number` could not be read.
     pub(crate) fn distrust(&self, link_number: u64, what: &str) {
         let mut state = self.lock();
-        if state.link.as_ref().is_some_and(|link| link.number == link_number) {
+        // A provider's wrong answer says nothing against the broker, through which alone it came; another provider may
+        // give the next.
+        if state.link.as_ref().is_some_and(|link| link.number == link_number && !link.is_provided()) {
             self.fault(&mut state, what);
         }
         self.unlock(state);
@@ -349,6 +391,31 @@ impl Seat {
                 state.forget(id);
                 self.leave(state);
                 return Err(SdkError::DeadlineExceeded(deadline.allowed));
+            }
+            state = if state.leading { self.follow(state, id, deadline) } else { self.lead(state, deadline) };
+        }
+    }
+
+    /// Waits for the next piece of a job's answer, or for its end, leading if nobody does.
+    pub(crate) fn wait_progress(&self, id: u64) -> Progress {
+        let mut state = self.lock();
+        loop {
+            if let Some(text) = state.jobs.take_pieces(id) {
+                self.leave(state);
+                return Progress::Piece(text);
+            }
+            if let Some(outcome) = state.jobs.take_done(id) {
+                self.leave(state);
+                return Progress::End(outcome);
+            }
+            let Some(deadline) = state.jobs.deadline(id) else {
+                self.leave(state);
+                return Progress::End(Err(SdkError::Cancelled));
+            };
+            if deadline.has_passed() {
+                state.forget(id);
+                self.leave(state);
+                return Progress::End(Err(SdkError::DeadlineExceeded(deadline.allowed)));
             }
             state = if state.leading { self.follow(state, id, deadline) } else { self.lead(state, deadline) };
         }

@@ -9,12 +9,13 @@ use crate::time::{Deadline, SLICE};
 use shm_layout::code::Code;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::wire::{
-    AnswerFrame, BrokerMessage, ClientMessage, FrameHead, Hello, JobFrame, Leased, LoadProgress,
-    PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, StatusReport, Welcome, decode_body,
+    AnswerFrame, BrokerMessage, ClientMessage, ConfigurationReloaded, FrameHead, Hello, JobFrame, Leased,
+    LoadProgress, ModelOutcome, PROTOCOL_MAJOR, PROTOCOL_MINOR, Partial, Refusal, StatusReport, Superseded,
+    Welcome, decode_body,
 };
 use shm_os::framed::{Fill, Flush, FramedError, FramedStream};
 use shm_os::{Interest, PollEvent, Poller};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -22,24 +23,33 @@ use std::time::Duration;
 
 /// Most bytes of frames that wait to be sent; jobs beyond it stay with their model and are sent later.
 const MAX_QUEUED_BYTES: usize = 4 << 20;
+/// Most leases that are remembered as replaced: more than a session may have.
+const MAX_SUPERSEDED: usize = 1024;
 /// Most progress messages kept for a caller that is slow to take them; the newest count.
 const MAX_PROGRESS: usize = 64;
 
 /// A broker's answer to one request.
 #[derive(Debug)]
 pub(crate) enum Reply {
-    Leased(Leased, Vec<OwnedFd>),
+    Leased(Box<Leased>, Vec<OwnedFd>),
     Released,
     Status(Box<StatusReport>),
+    ConfigurationReloaded(ConfigurationReloaded),
     ShuttingDown,
     Pong,
+    Model(Box<ModelOutcome>),
 }
 
 /// A job's answer, as it came over the socket.
 #[derive(Debug)]
 pub(crate) enum JobReply {
     Answered(AnswerFrame),
-    Refused { job_id: u64, refusal: Refusal },
+    Refused {
+        job_id: u64,
+        refusal: Refusal,
+    },
+    /// A piece of an answer that is still being made.
+    Piece(Partial),
 }
 
 /// What a caller sees while it waits: progress of a load, or just that time passes (`None`).
@@ -78,6 +88,8 @@ struct Inner {
     /// What the broker said before it closed the connection.
     parting: Option<SdkError>,
     dead: Option<SdkError>,
+    /// Leases whose generation was replaced.
+    superseded: BTreeSet<u64>,
 }
 
 /// A connection to a broker.
@@ -89,6 +101,8 @@ pub(crate) struct Session {
     inner: Mutex<Inner>,
     changed: Condvar,
     dead: AtomicBool,
+    /// Whether the generation of any lease was replaced.
+    superseded: AtomicBool,
 }
 
 fn failure(error: FramedError) -> SdkError {
@@ -132,6 +146,7 @@ impl Session {
             welcome: None,
             parting: None,
             dead: None,
+            superseded: BTreeSet::new(),
         };
         Ok(Session {
             hello_id,
@@ -140,6 +155,7 @@ impl Session {
             inner: Mutex::new(inner),
             changed: Condvar::new(),
             dead: AtomicBool::new(false),
+            superseded: AtomicBool::new(false),
         })
     }
 
@@ -165,6 +181,22 @@ impl Session {
             }
         }
         self.is_alive()
+    }
+
+    /// Whether the generation of a lease was replaced, as far as was read. Costs no lock where none was.
+    pub(crate) fn is_superseded(&self, lease_id: u64) -> bool {
+        self.superseded.load(Ordering::Acquire) && self.lock().superseded.contains(&lease_id)
+    }
+
+    /// Forgets a lease that was given back.
+    pub(crate) fn forget_superseded(&self, lease_id: u64) {
+        if self.superseded.load(Ordering::Acquire) {
+            let mut inner = self.lock();
+            inner.superseded.remove(&lease_id);
+            if inner.superseded.is_empty() {
+                self.superseded.store(false, Ordering::Release);
+            }
+        }
     }
 
     /// The broker's greeting, once it has come.
@@ -414,7 +446,7 @@ impl Session {
                     + usize::from(leased.cache.is_some());
                 let fds = inner.stream.take_descriptors(count).map_err(failure)?;
                 let lease_id = leased.lease_id;
-                if !settle(inner, id, Ok(Reply::Leased(leased, fds))) {
+                if !settle(inner, id, Ok(Reply::Leased(Box::new(leased), fds))) {
                     let release = ClientMessage::Release { lease_id };
                     inner.stream.queue(self.next_id(), &release, Vec::new()).map_err(failure)?;
                     self.flush(inner);
@@ -435,10 +467,36 @@ impl Session {
                     return Err(SdkError::Fault { peer: "the broker", what });
                 }
             },
+            // Behind a cancellation pieces may come that nobody waits for.
+            BrokerMessage::Partial(partial) => {
+                if let Some(seat_id) = inner.job_seats.get(&partial.job_id) {
+                    inner.mail.entry(*seat_id).or_default().push(JobReply::Piece(partial));
+                }
+            }
             BrokerMessage::Released => drop(settle(inner, id, Ok(Reply::Released))),
             BrokerMessage::Status(report) => drop(settle(inner, id, Ok(Reply::Status(Box::new(report))))),
+            BrokerMessage::ConfigurationReloaded(what) => {
+                let _ = settle(inner, id, Ok(Reply::ConfigurationReloaded(what)));
+            }
             BrokerMessage::ShuttingDown => drop(settle(inner, id, Ok(Reply::ShuttingDown))),
             BrokerMessage::Pong => drop(settle(inner, id, Ok(Reply::Pong))),
+            // Providers have connections of their own.
+            BrokerMessage::Provided { .. }
+            | BrokerMessage::ProviderJob(_)
+            | BrokerMessage::ProviderCancel { .. }
+            | BrokerMessage::Withdrawn => {
+                let what = "a message for providers to a session that provides nothing".into();
+                return Err(SdkError::Fault { peer: "the broker", what });
+            }
+            BrokerMessage::Model(outcome) => drop(settle(inner, id, Ok(Reply::Model(Box::new(outcome))))),
+            BrokerMessage::Superseded(Superseded { lease_id, .. }) => {
+                inner.superseded.insert(lease_id);
+                // The oldest is one that was given back as this was said.
+                if inner.superseded.len() > MAX_SUPERSEDED {
+                    inner.superseded.pop_first();
+                }
+                self.superseded.store(true, Ordering::Release);
+            }
         }
         Ok(())
     }

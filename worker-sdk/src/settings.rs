@@ -1,6 +1,8 @@
 //! What a caller may choose: connection, models, single calls. Reading the environment is here; acting on it is not.
 
 use crate::error::SdkError;
+use crate::prompt::Prompt;
+use crate::sharing::{Fallback, Sharing};
 use shm_layout::limits::{MAX_CLIENT_NAME_BYTES, MAX_MODEL_NAME_BYTES};
 use shm_layout::wire::{LoadProgress, Operation, Priority};
 use shm_os::socket::AllowedPeer;
@@ -22,6 +24,8 @@ pub const LOG_FILE_NAME: &str = "broker.log";
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a call without a timeout of its own waits for a broker that went away.
 const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+/// The same for a client that can go on with a private model.
+const FALLBACK_PATIENCE: Duration = Duration::from_secs(3);
 /// How long a model may take to load, downloads included.
 const DEFAULT_MODEL_WAIT: Duration = Duration::from_secs(600);
 /// How long a started broker stays without any client.
@@ -54,7 +58,15 @@ pub(crate) struct Settings {
     pub(crate) start: StartBroker,
     pub(crate) program: Option<PathBuf>,
     pub(crate) connect_timeout: Duration,
-    pub(crate) patience: Duration,
+    /// What [`Settings::patience`] gives where the caller has said nothing.
+    pub(crate) chosen_patience: Option<Duration>,
+    /// What happens when the shared model cannot be had.
+    pub(crate) fallback: Fallback,
+    pub(crate) sharing: Sharing,
+    /// Where models that are loaded in this process are cached; as the environment says where it is `None`.
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// What is wrong with the environment; told when connecting, unless the caller sets what it was about.
+    pub(crate) problems: Vec<SdkError>,
     pub(crate) broker_idle_exit: Duration,
     pub(crate) peer: AllowedPeer,
 }
@@ -69,15 +81,56 @@ impl Settings {
         let forbidden = std::env::var_os(START_VARIABLE).is_some_and(|value| value == "never");
         let program = std::env::current_exe().ok();
         let name = program.as_deref().and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned());
-        Settings {
+        let mut problems = Vec::new();
+        let mut settings = Settings {
             socket,
             name: cut(name.unwrap_or_else(|| "worker".into())),
             start: if forbidden { StartBroker::Never } else { StartBroker::IfNeeded },
             program: None,
             connect_timeout: DEFAULT_CONNECT_TIMEOUT,
-            patience: DEFAULT_PATIENCE,
+            chosen_patience: None,
+            fallback: Fallback::from_environment().unwrap_or_else(|problem| {
+                problems.push(problem);
+                Fallback::default()
+            }),
+            sharing: Sharing::from_environment().unwrap_or_else(|problem| {
+                problems.push(problem);
+                Sharing::default()
+            }),
+            cache_dir: None,
+            problems: Vec::new(),
             broker_idle_exit: DEFAULT_BROKER_IDLE_EXIT,
             peer: AllowedPeer::SameUser,
+        };
+        settings.problems = problems;
+        settings
+    }
+
+    /// How long calls wait for a broker that went away. Shorter where they can go on without one.
+    pub(crate) fn patience(&self) -> Duration {
+        let usual = match self.fallback {
+            Fallback::Error => DEFAULT_PATIENCE,
+            Fallback::Local => FALLBACK_PATIENCE,
+        };
+        self.chosen_patience.unwrap_or(usual)
+    }
+
+    /// Whether this program uses the shared models.
+    pub(crate) fn shares(&self) -> bool {
+        self.sharing.includes(&self.name)
+    }
+
+    /// Why it does not.
+    pub(crate) fn why_not(&self) -> String {
+        if self.sharing.enabled {
+            format!(
+                "the roll-out is at {} %, and {:?} is number {} of 100",
+                self.sharing.rollout_percent,
+                self.name,
+                crate::sharing::rollout_bucket(&self.name)
+            )
+        } else {
+            "sharing.enabled is false".into()
         }
     }
 }
@@ -97,6 +150,7 @@ pub struct ModelRequest {
     pub(crate) name: String,
     pub(crate) wait: Duration,
     pub(crate) route: Route,
+    pub(crate) fallback: Option<Fallback>,
     pub(crate) progress: Option<Box<dyn FnMut(LoadProgress) + Send>>,
 }
 
@@ -105,7 +159,13 @@ impl ModelRequest {
     /// same spelling, and is found from this program's working folder.
     #[must_use]
     pub fn new(name: impl Into<String>) -> ModelRequest {
-        ModelRequest { name: name.into(), wait: DEFAULT_MODEL_WAIT, route: Route::Lane, progress: None }
+        ModelRequest {
+            name: name.into(),
+            wait: DEFAULT_MODEL_WAIT,
+            route: Route::Lane,
+            fallback: None,
+            progress: None,
+        }
     }
 
     /// Longest wait for the model to be loaded (10 minutes; downloads count).
@@ -119,6 +179,14 @@ impl ModelRequest {
     #[must_use]
     pub fn route(mut self, route: Route) -> ModelRequest {
         self.route = route;
+        self
+    }
+
+    /// What happens when the shared model cannot be had, instead of what the client says
+    /// ([`crate::ClientBuilder::fallback`]).
+    #[must_use]
+    pub fn fallback(mut self, fallback: Fallback) -> ModelRequest {
+        self.fallback = Some(fallback);
         self
     }
 
@@ -185,6 +253,10 @@ pub struct EmbedOptions {
     /// Compute every text, whatever the cache holds, and keep nothing in it: for measuring, or for texts that no other
     /// program of this user is to learn of.
     pub bypass_cache: bool,
+    /// What is put before each text.
+    pub prompt: Prompt,
+    /// How many numbers of each vector are wanted, from the first; `None` = all. See [`crate::Embeddings::shortened`].
+    pub dimensions: Option<usize>,
 }
 
 impl EmbedOptions {
@@ -205,6 +277,20 @@ impl EmbedOptions {
     #[must_use]
     pub fn bypass_cache(mut self, bypass: bool) -> EmbedOptions {
         self.bypass_cache = bypass;
+        self
+    }
+
+    /// Sets what is put before each text.
+    #[must_use]
+    pub fn prompt(mut self, prompt: Prompt) -> EmbedOptions {
+        self.prompt = prompt;
+        self
+    }
+
+    /// Sets how many numbers of each vector are wanted.
+    #[must_use]
+    pub fn dimensions(mut self, dimensions: usize) -> EmbedOptions {
+        self.dimensions = Some(dimensions);
         self
     }
 

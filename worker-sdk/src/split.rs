@@ -29,7 +29,11 @@ pub(crate) fn split<T: AsRef<str>>(
         Operation::Embed | Operation::EmbedFresh => {
             (EMBED_TEXTS.min(rows_per_answer(dim)).max(1), EMBED_BYTES)
         }
-        Operation::Tokenize => (MAX_TEXTS_PER_JOB, TOKENIZE_BYTES),
+        // With each job of pairs goes the text that is compared with all.
+        Operation::Rank | Operation::Classify => (EMBED_TEXTS.min(rows_per_answer(dim)).max(1), EMBED_BYTES),
+        Operation::Tokenize | Operation::Call => (MAX_TEXTS_PER_JOB, TOKENIZE_BYTES),
+        // One job each: never cut.
+        Operation::Generate => (1, MAX_PAYLOAD_BYTES),
     };
     let mut parts = Vec::with_capacity(texts.len() / most_texts + 1);
     let (mut start, mut bytes) = (0, 0);
@@ -65,11 +69,16 @@ pub(crate) fn output_capacity_bytes(
     dim: usize,
 ) -> usize {
     let wanted = match operation {
-        Operation::Embed | Operation::EmbedFresh => embeddings_len_bytes(texts, dim),
+        Operation::Embed | Operation::EmbedFresh | Operation::Rank | Operation::Classify => {
+            embeddings_len_bytes(texts, dim)
+        }
+        Operation::Generate => MAX_PAYLOAD_BYTES,
         Operation::Tokenize => {
             let tokens = payload_bytes.saturating_add(2 * texts);
             tokens.saturating_mul(8).saturating_add(8 + 4 * texts).min(MAX_PAYLOAD_BYTES)
         }
+        // No lane leads to a model that takes calls; an engine answers with a message.
+        Operation::Call => MIN_OUTPUT_BYTES,
     };
     wanted.max(MIN_OUTPUT_BYTES)
 }

@@ -151,7 +151,7 @@ fn spawn(
         .arg("serve")
         .arg("--socket")
         .arg(absolute(&settings.socket)?)
-        .args(["--ready-fd", &READY_FD.to_string()])
+        .args(["--started-by-client", "--ready-fd", &READY_FD.to_string()])
         .args(["--idle-exit", &settings.broker_idle_exit.as_secs().max(1).to_string()])
         .arg("--log-file")
         .arg(absolute(log_path)?)

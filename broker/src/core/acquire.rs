@@ -1,12 +1,14 @@
 //! Loads and leases: one load for however many ask, who waits for how long, who gets what.
 
 use super::lanes::{Lane, LaneState};
-use super::models::{CacheSide, EngineSide, EntryState, Finished, Lookup, Waiter};
+use super::models::{CacheSide, EngineSide, EntryState, Finished, Reload, Waiter};
+use super::orders::check_name;
 use super::{Action, Attachment, Core, ImageFacts, nanos};
 use shm_layout::code::Code;
 use shm_layout::lane::REGION_BYTES;
-use shm_layout::limits::MAX_MODEL_NAME_BYTES;
-use shm_layout::wire::{Acquire, BrokerMessage, LaneDescription, Leased, LoadProgress, Refusal, ToEngine};
+use shm_layout::wire::{
+    Acquire, BrokerMessage, LaneDescription, Leased, LoadProgress, PROVIDED_PREFIX, Refusal, ToEngine,
+};
 use tracing::{info, warn};
 
 /// When a client that hit a limit on leases or lanes may try again, in ms.
@@ -19,9 +21,13 @@ impl Core {
             return;
         }
         let name = if wish.model.is_empty() { self.config.default_model.clone() } else { wish.model };
-        let entry = match self.models.lookup(&name, now_ns, &self.config.limits) {
-            Lookup::Entry(entry) => entry,
-            Lookup::Refused(refusal) => {
+        if name.starts_with(PROVIDED_PREFIX) {
+            self.acquire_provided(now_ns, session, request_id, name, wish.want_image, wish.wait_ms);
+            return;
+        }
+        let entry = match self.lookup(now_ns, &name) {
+            Ok(entry) => entry,
+            Err(refusal) => {
                 self.send(session, request_id, BrokerMessage::Refused(refusal));
                 return;
             }
@@ -29,6 +35,7 @@ impl Core {
         let waiter = Waiter {
             session,
             request_id,
+            asked_ns: now_ns,
             deadline_ns: now_ns.saturating_add(u64::from(wish.wait_ms) * 1_000_000),
             want_lane: wish.want_lane,
             want_image: wish.want_image,
@@ -59,17 +66,7 @@ impl Core {
         if self.leaving.has_begun() {
             return refusal(Code::ShuttingDown, "the broker is leaving and grants nothing new".into(), 100);
         }
-        if wish.model.len() > MAX_MODEL_NAME_BYTES {
-            let message =
-                format!("a model name of {} bytes; the limit is {MAX_MODEL_NAME_BYTES}", wish.model.len());
-            return refusal(Code::TooLarge, message, 0);
-        }
-        // The name becomes an argument of the loader: it must not be read as an option there.
-        if wish.model.starts_with('-') || wish.model.chars().any(char::is_control) {
-            let message = "a model name must not begin with '-' nor contain control characters; for a folder, give \
-                           its absolute path";
-            return refusal(Code::ModelNotFound, message.into(), 0);
-        }
+        check_name(&wish.model)?;
         let Some(known) = self.sessions.get(session) else {
             return refusal(Code::BadState, "no session".into(), 0);
         };
@@ -107,11 +104,12 @@ impl Core {
         }
         for waiter in ready {
             self.waits_no_more(waiter.session);
+            self.metrics.accessed(now_ns.saturating_sub(waiter.asked_ns) / 1000);
             self.grant(generation, &waiter);
         }
     }
 
-    fn waits_no_more(&mut self, session: u64) {
+    pub(super) fn waits_no_more(&mut self, session: u64) {
         if let Some(known) = self.sessions.get_mut(session) {
             known.waiting = known.waiting.saturating_sub(1);
         }
@@ -210,22 +208,49 @@ impl Core {
         if self.leaving.has_begun() {
             return;
         }
-        while self.models.loads_running() < self.config.limits.max_loads_at_once {
-            let Some(id) = self.models.next_queued() else { return };
-            self.last_load_id += 1;
-            let load_id = self.last_load_id;
-            let deadline_ns = now_ns.saturating_add(nanos(self.config.limits.load_timeout));
-            let Some(entry) = self.models.entries.get_mut(&id) else { return };
-            entry.state = EntryState::Loading { load_id, deadline_ns, progress: None, told_ns: 0 };
-            let model = entry.canonical.clone().unwrap_or_else(|| entry.asked_name.clone());
-            info!(model, load_id, "load begins");
-            self.actions.push(Action::StartLoader { load_id, model });
+        for id in self.models.queued() {
+            if self.models.loads_running() >= self.config.limits.max_loads_at_once {
+                return;
+            }
+            let is_reload = self.models.entries.get(&id).is_some_and(|entry| entry.generation().is_some());
+            if !is_reload && !self.make_room(now_ns) {
+                // It waits in line until one of the others is idle, for as long as somebody waits for it.
+                if let Some(entry) = self.models.entries.get_mut(&id)
+                    && !entry.is_waited_for()
+                    && !entry.settings.pinned
+                {
+                    entry.state = EntryState::Unloaded;
+                }
+                continue;
+            }
+            self.start_loader(now_ns, id);
         }
+    }
+
+    fn start_loader(&mut self, now_ns: u64, id: u64) {
+        self.last_load_id += 1;
+        let load_id = self.last_load_id;
+        let deadline_ns = now_ns.saturating_add(nanos(self.config.limits.load_timeout));
+        let Some(entry) = self.models.entries.get_mut(&id) else { return };
+        (entry.planned_bytes, entry.done_bytes) = (0, 0);
+        let is_reload = entry.generation().is_some();
+        if is_reload {
+            entry.reload = Some(Reload::Loading { load_id, deadline_ns });
+        } else {
+            entry.state = EntryState::Loading { load_id, deadline_ns, progress: None, told_ns: 0 };
+        }
+        let source = entry.source.clone();
+        if self.config.policy.log_model_usage {
+            let event = if is_reload { "model.reload.begin" } else { "model.load.begin" };
+            info!(event, model = entry.name(), source, load_id, "load begins");
+        }
+        self.actions.push(Action::StartLoader { load_id, model: source });
     }
 
     pub(super) fn load_progress(&mut self, now_ns: u64, load_id: u64, news: LoadProgress) {
         let interval_ns = nanos(self.config.limits.progress_interval);
         let Some(id) = self.models.entry_of_load(load_id) else { return };
+        self.watch_memory(now_ns, id, &news);
         let Some(entry) = self.models.entries.get_mut(&id) else { return };
         let EntryState::Loading { progress, told_ns, .. } = &mut entry.state else { return };
         let same_stage = progress.as_ref().is_some_and(|p| p.stage == news.stage);
@@ -242,6 +267,12 @@ impl Core {
     }
 
     pub(super) fn load_done(&mut self, now_ns: u64, load_id: u64, facts: ImageFacts) {
+        if let Some(id) = self.models.entry_of_load(load_id)
+            && self.models.entries.get(&id).is_some_and(|entry| entry.generation().is_some())
+        {
+            self.reload_done(now_ns, id, load_id, facts);
+            return;
+        }
         match self.models.finish_load(load_id, facts, now_ns) {
             Finished::Unknown => self.actions.push(Action::DiscardImage { load_id }),
             Finished::Known { entry } => {
@@ -250,6 +281,7 @@ impl Core {
                     self.models.entries.get(&entry).map(|e| e.state.clone())
                 {
                     self.grant_waiters(now_ns, generation);
+                    self.answer_loaded(generation);
                 }
             }
             Finished::New { entry, generation, needless_loads } => {
@@ -257,12 +289,11 @@ impl Core {
                     self.actions.push(Action::KillLoader { load_id });
                 }
                 if let Some(entry) = self.models.entries.get(&entry) {
-                    info!(
-                        model = entry.canonical.as_deref().unwrap_or(&entry.asked_name),
-                        generation,
-                        load_us = entry.load_us,
-                        "model loaded"
-                    );
+                    let (model, load_us) = (entry.name(), entry.load_us);
+                    self.metrics.loaded(load_us);
+                    if self.config.policy.log_model_usage {
+                        info!(event = "model.load.end", model, generation, load_us, "model loaded");
+                    }
                 }
                 self.actions.push(Action::KeepImage { load_id, generation });
                 self.make_cache(now_ns, generation);
@@ -272,22 +303,27 @@ impl Core {
 
     pub(super) fn load_failed(&mut self, now_ns: u64, load_id: u64, code: Code, message: String) {
         let Some(id) = self.models.entry_of_load(load_id) else { return };
-        if let Some(entry) = self.models.entries.get(&id) {
-            warn!(model = entry.asked_name, %code, "load failed: {message}");
-        }
         let code = if code == Code::Ok { Code::Internal } else { code };
-        self.fail_model(now_ns, id, Refusal { code, message: super::cut(message), retry_after_ms: 0 });
+        let refusal = Refusal { code, message: super::cut(message), retry_after_ms: 0 };
+        let Some(entry) = self.models.entries.get(&id) else { return };
+        if entry.generation().is_some() {
+            self.fail_reload(now_ns, id, refusal);
+            return;
+        }
+        self.metrics.load_failures += 1;
+        warn!(event = "model.load.failed", model = entry.name(), %code, "load failed: {}", refusal.message);
+        self.fail_model(now_ns, id, refusal);
     }
 
     /// Marks a model as failed and tells those who wait for it.
     pub(super) fn fail_model(&mut self, now_ns: u64, entry: u64, refusal: Refusal) {
+        self.cancel_reload(now_ns, entry, &refusal.message);
         let waiters = self.models.fail(entry, refusal, now_ns, &self.config.limits);
-        let Some(EntryState::Failed { refusal, .. }) =
-            self.models.entries.get(&entry).map(|e| e.state.clone())
-        else {
-            return;
-        };
+        let Some(failed) = self.models.entries.get_mut(&entry) else { return };
+        let EntryState::Failed { refusal, .. } = failed.state.clone() else { return };
+        let askers = std::mem::take(&mut failed.askers);
         self.refuse_waiters(waiters, &refusal);
+        self.refuse_askers(askers, &refusal);
     }
 
     /// Tells waiters, already taken out of their entries, that they get nothing.
@@ -299,7 +335,21 @@ impl Core {
     }
 
     pub(super) fn waiters_overdue(&mut self, now_ns: u64) {
-        let late = self.models.take_waiters(|w| w.deadline_ns <= now_ns);
+        let is_late = |w: &Waiter| w.deadline_ns <= now_ns;
+        let in_line =
+            |e: &super::entry::Entry| e.state == EntryState::Queued && e.waiters.iter().any(is_late);
+        if self.models.entries.values().any(in_line) && !self.has_room() {
+            let refusal = Refusal {
+                code: Code::ModelUnavailable,
+                message: self.no_room(),
+                retry_after_ms: RETRY_LIMIT_MS,
+            };
+            let queued = self.models.entries.values_mut().filter(|e| e.state == EntryState::Queued);
+            let late: Vec<Waiter> =
+                queued.flat_map(|e| e.waiters.extract_if(.., |w| is_late(w)).collect::<Vec<_>>()).collect();
+            self.refuse_waiters(late, &refusal);
+        }
+        let late = self.models.take_waiters(is_late);
         let message =
             "the model was not ready within the wait that was asked for; it goes on loading, ask again";
         let refusal =
@@ -312,10 +362,8 @@ impl Core {
             .models
             .entries
             .values()
-            .filter_map(|e| match e.state {
-                EntryState::Loading { load_id, deadline_ns, .. } if deadline_ns <= now_ns => Some(load_id),
-                _ => None,
-            })
+            .filter(|e| e.load_deadline_ns().is_some_and(|deadline_ns| deadline_ns <= now_ns))
+            .filter_map(super::entry::Entry::load_id)
             .collect();
         for load_id in late {
             self.actions.push(Action::KillLoader { load_id });

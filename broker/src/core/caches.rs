@@ -3,6 +3,7 @@
 
 use super::models::CacheSide;
 use super::{Action, Core};
+use shm_layout::image::Task;
 use shm_layout::wire::{CacheDescription, CacheInsertKey};
 use tracing::warn;
 
@@ -10,7 +11,8 @@ impl Core {
     /// Has the cache of a new generation made; the generation is offered once it is there.
     pub(super) fn make_cache(&mut self, now_ns: u64, generation: u64) {
         let Some(image) = self.models.images.get(&generation) else { return };
-        if !self.config.caches {
+        // What is not a vector of one text is not kept.
+        if !self.config.caches || image.description.facts.task != Task::Embed {
             self.cache_made(now_ns, generation, None);
             return;
         }

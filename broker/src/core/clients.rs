@@ -2,6 +2,7 @@
 
 use super::lanes::LaneState;
 use super::models::EngineSide;
+use super::orders::Going;
 use super::{Action, Core, nanos};
 use shm_layout::code::Code;
 use shm_layout::lane::LAYOUT_HASH;
@@ -68,7 +69,14 @@ impl Core {
                 self.send(session, request_id, BrokerMessage::ShuttingDown);
                 self.begin_leaving(now_ns, std::time::Duration::from_millis(u64::from(drain_ms)));
             }
+            (true, ClientMessage::ReloadConfiguration) => self.reload_wanted(session, request_id, is_owner),
+            (true, ClientMessage::Model(command)) => self.model_command(now_ns, session, request_id, command),
             (true, ClientMessage::Ping) => self.send(session, request_id, BrokerMessage::Pong),
+            (true, ClientMessage::Provide(offer)) => self.provide(now_ns, session, request_id, offer),
+            (true, ClientMessage::ProviderAnswer(answer)) => self.provider_answered(now_ns, session, answer),
+            (true, ClientMessage::Withdraw { model_id }) => {
+                self.withdraw(now_ns, session, request_id, &model_id);
+            }
         }
     }
 
@@ -139,16 +147,18 @@ impl Core {
         let Some(ended) = self.sessions.remove(session) else { return };
         debug!(session, pid = ended.pid, client = ended.client_name, "session ended");
         self.models.take_waiters(|w| w.session == session);
+        self.take_askers(|a| a.session == session);
+        self.unload_orders.retain(|(_, asked, _)| *asked != session);
+        self.going.values_mut().for_each(|gone| gone.askers.retain(|(asked, _)| *asked != session));
         self.status.forget(session);
+        self.forget_reloads(session);
         for relay_id in self.relay.session_gone(session) {
-            self.tell_engine(ToEngine::CancelJob { relay_id }, Vec::new());
+            self.cancel_running(relay_id);
         }
         for lease_id in self.leases.of_session(session) {
             self.end_lease(now_ns, session, lease_id);
         }
-        if self.sessions.is_empty() {
-            self.idle_since_ns = Some(now_ns);
-        }
+        self.provider_left(now_ns, session);
     }
 
     fn release(&mut self, now_ns: u64, session: u64, request_id: u64, lease_id: u64) {
@@ -189,17 +199,27 @@ impl Core {
     /// Lets go of generations that are not the current ones of their models and that nobody uses any more.
     pub(super) fn retire_unused(&mut self) {
         let superseded =
-            self.models.images.keys().copied().filter(|generation| !self.models.is_current(*generation));
+            self.models.images.keys().copied().filter(|generation| !self.models.is_wanted(*generation));
         let unused: Vec<u64> = superseded
             .filter(|generation| !self.leases.holds(*generation) && !self.relay.uses(*generation))
             .collect();
         for generation in unused {
             let Some(image) = self.models.images.remove(&generation) else { continue };
-            info!(model = image.description.model_id, generation, "generation let go");
+            let (model_id, image_bytes) = (image.description.model_id, image.description.image_bytes);
+            if self.config.policy.log_model_usage {
+                info!(event = "model.free", model = model_id, generation, image_bytes, "generation let go");
+            }
+            let orders = self.unload_orders.extract_if(.., |(of, ..)| *of == generation);
+            let askers = orders.map(|(_, session, request_id)| (session, request_id)).collect();
+            let gone = Going { model_id, image_bytes, askers };
             if matches!(image.engine, EngineSide::Sent | EngineSide::Ready) {
                 self.tell_engine(ToEngine::UnloadModel { generation }, Vec::new());
+                self.going.insert(generation, gone);
+                self.actions.push(Action::CloseImage { generation });
+            } else {
+                self.actions.push(Action::CloseImage { generation });
+                self.answer_unloaded(gone);
             }
-            self.actions.push(Action::CloseImage { generation });
         }
     }
 }

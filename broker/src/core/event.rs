@@ -1,11 +1,14 @@
 //! What happens to the broker and what it does about it, as data: the only language between the decisions in `core` and
 //! the I/O around them.
 
+use crate::reloaded::Reloaded;
 use shm_layout::code::Code;
 use shm_layout::wire::{
     BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, ClientMessage, FromEngine, LoadProgress,
-    ToEngine,
+    TaskFacts, ToEngine,
 };
+use std::ffi::OsString;
+use std::time::Duration;
 
 /// How a child process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +64,10 @@ pub(crate) struct ImageFacts {
     pub(crate) content_hash: [u8; 32],
     /// What it lies in.
     pub(crate) backing: BackingKind,
+    /// What the model is for.
+    pub(crate) facts: TaskFacts,
+    /// Precision of its matrices, as it stands in names.
+    pub(crate) precision: &'static str,
 }
 
 /// One thing that happened. Ids are the broker's own; an event about something that is gone is ignored.
@@ -98,8 +105,21 @@ pub(crate) enum Event {
     EngineLinkLost { incarnation: u64, reason: String },
     /// The engine's process ended and was reaped: it writes into no lane any more.
     EngineExited { incarnation: u64, exit: ChildExit },
+    /// A provider's process exists; `child` is its place in the configuration.
+    ProviderStarted { child: usize, pid: u32 },
+    /// A provider's process could not be made.
+    ProviderNotStarted { child: usize, message: String },
+    /// A provider's process ended and was reaped.
+    ProviderExited { child: usize, exit: ChildExit },
+    /// What memory the system and the control group have left, as far as it can be read, and how much the vectors of each
+    /// generation's cache take.
+    Memory { available_bytes: Option<u64>, caches: Vec<(u64, u64)> },
     /// SIGTERM or SIGINT arrived.
     StopSignal,
+    /// SIGHUP arrived.
+    ReloadSignal,
+    /// The configuration was read again, or cannot be used, for the reason given.
+    ConfigurationRead(Box<Result<Reloaded, String>>),
     /// Nothing but time has passed.
     Tick,
 }
@@ -146,6 +166,17 @@ pub(crate) enum Action {
     KillEngine { incarnation: u64 },
     /// Queue a frame for the engine.
     ToEngine { message: ToEngine, attachments: Vec<Attachment> },
+    /// Start a provider's process, by its place in the configuration; answered by [`Event::ProviderStarted`] or
+    /// [`Event::ProviderNotStarted`].
+    StartProvider { child: usize },
+    /// Kill a provider's process; answered by [`Event::ProviderExited`] once it is reaped.
+    KillProvider { child: usize },
+    /// Read the configuration again; answered by [`Event::ConfigurationRead`].
+    ReadConfiguration,
+    /// From now on load and make caches so.
+    Reconfigure { loader_command: Vec<OsString>, cache_entries: usize, cache_ttl: Duration },
+    /// Look how much memory is left; answered by [`Event::Memory`].
+    LookAtMemory,
     /// Write out what is queued, then leave.
     Exit,
 }

@@ -6,7 +6,7 @@ use super::models::{EngineSide, EntryState};
 use super::relay::JobState;
 use shm_layout::code::Code;
 use shm_layout::limits::{MAX_JOB_ATTEMPTS, MAX_PAYLOAD_BYTES};
-use shm_layout::wire::{AnswerFrame, BrokerMessage, JobFrame, ToEngine};
+use shm_layout::wire::{AnswerFrame, BrokerMessage, JobFrame, Partial, ToEngine, is_provided};
 use tracing::{debug, warn};
 
 /// When a client that hit a limit on jobs may try again, in ms.
@@ -20,7 +20,12 @@ impl Core {
             }
             Ok(generation) => {
                 let relay_id = self.relay.take(session, request_id, generation, job);
-                self.send_job(now_ns, relay_id);
+                if is_provided(generation) {
+                    self.relay.note_accepted(relay_id, now_ns);
+                    self.give_jobs(now_ns, generation);
+                } else {
+                    self.send_job(now_ns, relay_id);
+                }
             }
         }
     }
@@ -43,6 +48,9 @@ impl Core {
             );
             return Err((Code::TooLarge, message, 0));
         }
+        if is_provided(lease.generation) {
+            self.admit_provided(lease.generation, job)?;
+        }
         if job.deadline_ns != 0 && job.deadline_ns <= now_ns {
             return Err((Code::DeadlineExceeded, "the deadline had passed when the job arrived".into(), 0));
         }
@@ -61,7 +69,7 @@ impl Core {
     /// Gives a held job to the engine if it serves the job's model; answers it if it can never be served.
     fn send_job(&mut self, now_ns: u64, relay_id: u64) {
         let Some(job) = self.relay.get(relay_id) else { return };
-        if job.state != JobState::Held {
+        if job.state != JobState::Held || is_provided(job.generation) {
             return;
         }
         let Some(image) = self.models.images.get(&job.generation) else {
@@ -112,11 +120,23 @@ impl Core {
         if job.cancelled {
             return;
         }
-        if job.state == JobState::Held {
-            self.answer_here(relay_id, Code::Cancelled, "cancelled");
-        } else {
-            self.relay.mark_cancelled(relay_id);
-            self.tell_engine(ToEngine::CancelJob { relay_id }, Vec::new());
+        match job.state {
+            JobState::Held => self.answer_here(relay_id, Code::Cancelled, "cancelled"),
+            JobState::Sent { .. } => {
+                self.relay.mark_cancelled(relay_id);
+                self.cancel_running(relay_id);
+            }
+            JobState::Provided { .. } => self.answer_provided(relay_id, Code::Cancelled, "cancelled"),
+        }
+    }
+
+    /// Tells whoever has a job that nobody wants its answer any more.
+    pub(super) fn cancel_running(&mut self, relay_id: u64) {
+        match self.relay.get(relay_id).map(|job| job.state) {
+            Some(JobState::Provided { provider, .. }) => {
+                self.send(provider, 0, BrokerMessage::ProviderCancel { relay_id });
+            }
+            _ => self.tell_engine(ToEngine::CancelJob { relay_id }, Vec::new()),
         }
     }
 
@@ -131,9 +151,18 @@ impl Core {
         self.send(session, job.request_id, BrokerMessage::Answer(answer));
     }
 
+    /// A piece of a job's answer, while the rest is still being made.
+    pub(super) fn job_goes_on(&mut self, partial: Partial) {
+        let Some(job) = self.relay.get(partial.job_id).filter(|job| !job.cancelled) else { return };
+        let Some(session) = job.session else { return };
+        let partial = Partial { job_id: job.frame.job_id, ..partial };
+        self.send(session, job.request_id, BrokerMessage::Partial(partial));
+    }
+
     /// Answers a job without an engine.
     pub(super) fn answer_here(&mut self, relay_id: u64, status: Code, message: &str) {
         let payload = super::cut(message.to_owned()).into_bytes();
+        self.metrics.failed(status);
         self.job_answered(AnswerFrame { job_id: relay_id, status, payload, queue_us: 0, execution_us: 0 });
     }
 
@@ -168,8 +197,17 @@ impl Core {
                 self.answer_here(
                     relay_id,
                     Code::DeadlineExceeded,
-                    "the deadline passed before an engine was free",
+                    "the deadline passed before anybody was free to compute it",
                 );
+            }
+        }
+    }
+
+    /// Answers every job that an engine owes an answer, in the same way.
+    pub(super) fn answer_for_engine(&mut self, status: Code, message: &str) {
+        for relay_id in self.relay.owed() {
+            if self.relay.get(relay_id).is_some_and(|job| !is_provided(job.generation)) {
+                self.answer_here(relay_id, status, message);
             }
         }
     }

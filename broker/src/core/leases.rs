@@ -1,6 +1,6 @@
 //! Who holds which generation, and with which lane. A lease ends with its release or with its session, however that dies.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// A session's hold on a generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub(crate) struct Lease {
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
     map: BTreeMap<(u64, u64), Lease>,
+    /// Leases on each generation, where there are any: it is asked after every event.
+    by_generation: HashMap<u64, usize>,
     last_id: u64,
 }
 
@@ -21,6 +23,7 @@ impl Leases {
     pub(crate) fn grant(&mut self, session: u64, generation: u64, lane_id: Option<u64>) -> u64 {
         self.last_id += 1;
         self.map.insert((session, self.last_id), Lease { generation, lane_id });
+        *self.by_generation.entry(generation).or_default() += 1;
         self.last_id
     }
 
@@ -29,7 +32,14 @@ impl Leases {
     }
 
     pub(crate) fn end(&mut self, session: u64, lease_id: u64) -> Option<Lease> {
-        self.map.remove(&(session, lease_id))
+        let lease = self.map.remove(&(session, lease_id))?;
+        if let Some(count) = self.by_generation.get_mut(&lease.generation) {
+            *count -= 1;
+            if *count == 0 {
+                self.by_generation.remove(&lease.generation);
+            }
+        }
+        Some(lease)
     }
 
     /// The ids of a session's leases.
@@ -45,7 +55,7 @@ impl Leases {
 
     /// Whether anybody holds this generation.
     pub(crate) fn holds(&self, generation: u64) -> bool {
-        self.map.values().any(|lease| lease.generation == generation)
+        self.by_generation.contains_key(&generation)
     }
 
     /// Each lease with the session that holds it.
@@ -53,7 +63,16 @@ impl Leases {
         self.map.iter().map(|((session, _), lease)| (*session, *lease))
     }
 
-    #[cfg(test)]
+    /// Each lease with its session and id.
+    pub(crate) fn iter_with_ids(&self) -> impl Iterator<Item = (u64, u64, Lease)> {
+        self.map.iter().map(|((session, id), lease)| (*session, *id, *lease))
+    }
+
+    /// Leases on a generation.
+    pub(crate) fn count_of(&self, generation: u64) -> usize {
+        self.by_generation.get(&generation).copied().unwrap_or(0)
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.map.len()
     }

@@ -59,7 +59,12 @@ impl Core {
         }
         let waiters = self.models.take_waiters(|_| true);
         let message = "the broker is leaving and grants nothing new".to_owned();
-        self.refuse_waiters(waiters, &Refusal { code: Code::ShuttingDown, message, retry_after_ms: 100 });
+        let refusal = Refusal { code: Code::ShuttingDown, message, retry_after_ms: 100 };
+        self.refuse_waiters(waiters, &refusal);
+        self.refuse_provided_waiters(&refusal);
+        let askers = self.take_askers(|_| true);
+        let message = "the broker is leaving".to_owned();
+        self.refuse_askers(askers, &Refusal { code: Code::ShuttingDown, message, retry_after_ms: 100 });
         let loads: Vec<u64> = self.models.entries.values().filter_map(|e| e.load_id()).collect();
         for load_id in loads {
             self.actions.push(Action::KillLoader { load_id });
@@ -74,7 +79,7 @@ impl Core {
     pub(super) fn leaving_needs_engine(&self) -> bool {
         match self.leaving {
             Leaving::Draining { engine_finished, .. } => {
-                self.relay.owes() || (self.lanes.live().next().is_some() && !engine_finished)
+                self.relay.owes_from_engine() || (self.lanes.live().next().is_some() && !engine_finished)
             }
             Leaving::No | Leaving::Done => false,
         }
@@ -144,6 +149,7 @@ impl Core {
 
     fn leave_now(&mut self, now_ns: u64) {
         self.answer_status(now_ns);
+        self.all_unloaded();
         self.answer_all(
             Code::ShuttingDown,
             "the broker left before the job was done; send it to its successor",

@@ -6,23 +6,42 @@
 //! | `clients` | what a client's frame leads to: hello, faults, release, shutdown, the end of a session |
 //! | `acquire` | loads and leases: one load for many askers, who waits, who gets what |
 //! | `jobs` | jobs on the socket: admission, relaying, one answer each |
+//! | `orders` | what clients order to be done with a model: load, unload, reload, health |
+//! | `lifecycle` | when models leave: idleness, room, order; which are loaded at start |
+//! | `reload` | another generation beside the one that is served, and the switch |
+//! | `memory` | whether a load still fits, and what is given up for it |
 //! | `caches` | vector caches: made before their generation is served, filled by what engines say |
 //! | `serving` | the engine: start, hand-over of models, lanes and jobs, death and restart |
+//! | `provide`, `provided_jobs`, `provider_children` | models that clients' processes provide: who offers what, who gets which job |
 //! | `leaving` | draining, idle exit, the end |
+//! | `reconfigure` | reading the configuration again: one at a time, and what it changes |
 //! | `status` | the report |
-//! | `session`, `models`, `leases`, `lanes`, `relay`, `engine` | the bookkeeping that these share |
+//! | `metrics`, `alerts` | what is counted, and when it has got worse |
+//! | `session`, `models`, `entry`, `leases`, `lanes`, `relay`, `engine`, `providers` | the bookkeeping that these share |
 
 mod acquire;
+mod alerts;
 mod caches;
 mod clients;
 mod engine;
+mod entry;
 mod event;
 mod jobs;
 mod lanes;
 mod leases;
 mod leaving;
+mod lifecycle;
+mod memory;
+mod metrics;
 mod models;
+mod orders;
+mod provide;
+mod provided_jobs;
+mod provider_children;
+mod providers;
+mod reconfigure;
 mod relay;
+mod reload;
 mod serving;
 mod session;
 mod status;
@@ -30,12 +49,15 @@ mod status;
 mod tests;
 
 pub(crate) use event::{Action, Attachment, ChildExit, Event, ImageFacts};
+pub(crate) use lifecycle::Policy;
 pub(crate) use models::nanos;
+pub(crate) use providers::check_id as check_provided_id;
 
-use crate::config::Limits;
+use crate::config::{Limits, ModelSettings};
 use shm_layout::code::Code;
 use shm_layout::limits::MAX_MESSAGE_BYTES;
 use shm_layout::wire::{BrokerMessage, Refusal, ToEngine};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// What the decisions need to know of the surroundings.
@@ -43,12 +65,19 @@ use std::time::Duration;
 pub(crate) struct CoreConfig {
     pub(crate) default_model: String,
     pub(crate) limits: Limits,
+    pub(crate) policy: Policy,
+    /// Models with an id of their own.
+    pub(crate) models: Vec<ModelSettings>,
+    /// Names that are loaded at start and kept.
+    pub(crate) preload: Vec<String>,
     pub(crate) idle_exit: Option<Duration>,
     pub(crate) allow_other_users: bool,
     /// Whether generations get a cache.
     pub(crate) caches: bool,
     /// Whether engines save something when they drain, and so are drained even when no work is left.
     pub(crate) engine_saves: bool,
+    /// The models for which provider processes are kept running, one for each time that a model is named.
+    pub(crate) provider_models: Vec<String>,
     pub(crate) own_uid: u32,
     pub(crate) boot_id: u64,
     pub(crate) broker_pid: u32,
@@ -64,8 +93,18 @@ pub(crate) struct Core {
     lanes: lanes::Lanes,
     relay: relay::Relay,
     engine: engine::Engine,
+    providers: providers::Providers,
+    provider_children: provider_children::ProviderChildren,
     leaving: leaving::Leaving,
     status: status::StatusWaiters,
+    reconfigure: reconfigure::Reconfigure,
+    memory: memory::Memory,
+    metrics: metrics::Metrics,
+    alerts: alerts::Alerts,
+    /// Generations that the engine was told to let go of.
+    going: BTreeMap<u64, orders::Going>,
+    /// Orders that wait for their generation to be let go of: generation, session, request.
+    unload_orders: Vec<(u64, u64, u64)>,
     last_load_id: u64,
     faults: u64,
     /// Since when there has been no session.
@@ -76,7 +115,9 @@ pub(crate) struct Core {
 impl Core {
     /// A broker that has just begun to listen. The engine is started by the first event.
     pub(crate) fn new(config: CoreConfig, now_ns: u64) -> Core {
-        Core {
+        let provider_children = provider_children::ProviderChildren::new(&config.provider_models);
+        let (models, preload) = (config.models.clone(), config.preload.clone());
+        let mut core = Core {
             config,
             started_ns: now_ns,
             sessions: session::Sessions::default(),
@@ -85,13 +126,23 @@ impl Core {
             lanes: lanes::Lanes::default(),
             relay: relay::Relay::default(),
             engine: engine::Engine::default(),
+            providers: providers::Providers::default(),
+            provider_children,
             leaving: leaving::Leaving::default(),
             status: status::StatusWaiters::default(),
+            reconfigure: reconfigure::Reconfigure::default(),
+            memory: memory::Memory::default(),
+            metrics: metrics::Metrics::default(),
+            alerts: alerts::Alerts::default(),
+            going: BTreeMap::new(),
+            unload_orders: Vec::new(),
             last_load_id: 0,
             faults: 0,
             idle_since_ns: Some(now_ns),
             actions: Vec::new(),
-        }
+        };
+        core.configure_models(now_ns, &models, &preload);
+        core
     }
 
     /// Takes what happened and gives what is to be done, in order.
@@ -99,9 +150,11 @@ impl Core {
         if !self.leaving.is_done() {
             self.dispatch(now_ns, event);
             self.timers(now_ns);
-            self.retire_unused();
             self.start_loaders(now_ns);
+            self.retire_unused();
             self.supervise(now_ns);
+            self.supervise_providers(now_ns);
+            self.note_levels();
             self.advance_leaving(now_ns);
         }
         std::mem::take(&mut self.actions)
@@ -145,6 +198,14 @@ impl Core {
                 let orderly = exit == ChildExit::Status(0) && self.engine.drain_sent;
                 self.engine_dead(now_ns, incarnation, format!("the engine {exit}"), orderly);
             }
+            Event::ProviderStarted { child, pid } => self.provider_started(child, pid),
+            Event::ProviderNotStarted { child, message } => {
+                self.provider_not_started(now_ns, child, &message)
+            }
+            Event::ProviderExited { child, exit } => self.provider_exited(now_ns, child, exit),
+            Event::ReloadSignal => self.reload_signal(),
+            Event::ConfigurationRead(outcome) => self.configuration_read(now_ns, *outcome),
+            Event::Memory { available_bytes, caches } => self.memory_seen(now_ns, available_bytes, caches),
             Event::StopSignal => self.stop_signal(now_ns),
             Event::Tick => {}
         }
@@ -155,8 +216,13 @@ impl Core {
             self.fault(now_ns, session, Code::BadState, "no Hello came in time");
         }
         self.waiters_overdue(now_ns);
+        self.askers_overdue(now_ns);
+        self.lifecycle_overdue(now_ns);
         self.loads_overdue(now_ns);
         self.jobs_overdue(now_ns);
+        self.provided_jobs_overdue(now_ns);
+        self.provided_waiters_overdue(now_ns);
+        self.retire_provided(now_ns);
         self.status_overdue(now_ns);
     }
 
@@ -168,9 +234,12 @@ impl Core {
         [
             self.sessions.next_timer_ns(),
             self.models.next_timer_ns(),
+            self.lifecycle_timer_ns(),
             self.relay.next_timer_ns(),
             self.status.next_timer_ns(),
             self.engine_timer_ns(),
+            self.providers_timer_ns(),
+            self.provider_children_timer_ns(),
             self.leaving_timer_ns(),
         ]
         .into_iter()
@@ -183,6 +252,7 @@ impl Core {
     }
 
     fn send(&mut self, session: u64, request_id: u64, message: BrokerMessage) {
+        self.metrics.told(&message);
         self.actions.push(Action::Send { session, request_id, message, attachments: Vec::new() });
     }
 

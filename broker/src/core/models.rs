@@ -1,6 +1,7 @@
 //! The registry of models: which names mean which model, who waits for a load, which generations exist. One load per
 //! model however many ask. Pure bookkeeping: granting leases and talking to loaders and engines is decided in `acquire`.
 
+use super::entry::Entry;
 use super::event::ImageFacts;
 use crate::config::Limits;
 use shm_layout::code::Code;
@@ -12,6 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 pub(crate) struct Waiter {
     pub(crate) session: u64,
     pub(crate) request_id: u64,
+    pub(crate) asked_ns: u64,
     /// When the asker gives up.
     pub(crate) deadline_ns: u64,
     pub(crate) want_lane: bool,
@@ -29,27 +31,19 @@ pub(crate) enum EntryState {
     Loaded { generation: u64 },
     /// The last load failed.
     Failed { refusal: Refusal, retry_at_ns: u64 },
+    /// Not loaded: never asked for, or let go of.
+    Unloaded,
 }
 
-/// One model.
-#[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    /// The name it was first asked for by.
-    pub(crate) asked_name: String,
-    /// Its canonical id, known once it was loaded.
-    pub(crate) canonical: Option<String>,
-    pub(crate) state: EntryState,
-    pub(crate) waiters: Vec<Waiter>,
-    /// Loads in a row that failed.
-    pub(crate) failures: u32,
-    /// Loads that succeeded.
-    pub(crate) loads: u32,
-    /// When the present or last load was asked for.
-    pub(crate) requested_ns: u64,
-    /// Duration of the last load.
-    pub(crate) load_us: u64,
-    /// When a lease was last granted or ended.
-    pub(crate) last_use_ns: u64,
+/// How far a load is that replaces a loaded generation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Reload {
+    /// Waits for a loader to become free.
+    Queued,
+    /// A loader is at work.
+    Loading { load_id: u64, deadline_ns: u64 },
+    /// The new generation is there; the engine does not serve it yet.
+    Warming { generation: u64 },
 }
 
 /// Whether the engine that runs now serves a generation.
@@ -69,6 +63,8 @@ pub(crate) enum EngineSide {
 #[derive(Debug, Clone)]
 pub(crate) struct Image {
     pub(crate) entry: u64,
+    pub(crate) loaded_ns: u64,
+    pub(crate) precision: &'static str,
     pub(crate) description: ModelDescription,
     pub(crate) engine: EngineSide,
     pub(crate) cache: CacheSide,
@@ -120,10 +116,10 @@ pub(crate) enum Finished {
 /// All models.
 #[derive(Debug, Default)]
 pub(crate) struct Models {
-    names: HashMap<String, u64>,
+    pub(super) names: HashMap<String, u64>,
     pub(crate) entries: BTreeMap<u64, Entry>,
     pub(crate) images: BTreeMap<u64, Image>,
-    last_id: u64,
+    pub(super) last_id: u64,
     last_generation: u64,
 }
 
@@ -136,19 +132,19 @@ impl Models {
                 self.names.remove(name);
                 return self.lookup(name, now_ns, limits);
             };
-            if let EntryState::Failed { refusal, retry_at_ns } = &entry.state {
-                if now_ns < *retry_at_ns {
+            match &entry.state {
+                EntryState::Failed { refusal, retry_at_ns } if now_ns < *retry_at_ns => {
                     let mut refusal = refusal.clone();
                     refusal.retry_after_ms = ms_until(*retry_at_ns, now_ns);
                     return Lookup::Refused(refusal);
                 }
-                entry.state = EntryState::Queued;
-                entry.requested_ns = now_ns;
+                EntryState::Failed { .. } | EntryState::Unloaded => entry.queue(now_ns),
+                EntryState::Queued | EntryState::Loading { .. } | EntryState::Loaded { .. } => {}
             }
             return Lookup::Entry(id);
         }
         if self.entries.len() >= limits.max_models || self.names.len() >= limits.max_model_names {
-            self.forget_failed();
+            self.forget_unused();
         }
         let reached = if self.entries.len() >= limits.max_models {
             Some(format!("{} models are loaded, the limit", self.entries.len()))
@@ -164,35 +160,35 @@ impl Models {
                 retry_after_ms: 0,
             });
         }
-        self.last_id += 1;
-        let id = self.last_id;
-        self.names.insert(name.to_owned(), id);
-        self.entries.insert(
-            id,
-            Entry {
-                asked_name: name.to_owned(),
-                canonical: None,
-                state: EntryState::Queued,
-                waiters: Vec::new(),
-                failures: 0,
-                loads: 0,
-                requested_ns: now_ns,
-                load_us: 0,
-                last_use_ns: now_ns,
-            },
-        );
+        let id = self.add(name, now_ns);
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.queue(now_ns);
+        }
         Lookup::Entry(id)
     }
 
-    /// Forgets failed models that nobody waits for, so that wrong names cannot fill the registry.
-    fn forget_failed(&mut self) {
+    /// Adds a model that is not loaded.
+    pub(super) fn add(&mut self, name: &str, now_ns: u64) -> u64 {
+        self.last_id += 1;
+        self.names.insert(name.to_owned(), self.last_id);
+        self.entries.insert(self.last_id, Entry::new(name, now_ns));
+        self.last_id
+    }
+
+    /// Forgets failed and unloaded models that nobody waits for and that are not configured, so that names cannot fill the
+    /// registry.
+    fn forget_unused(&mut self) {
         let images = &self.images;
         let kept_by_image = |id: u64| images.values().any(|image| image.entry == id);
         let gone: Vec<u64> = self
             .entries
             .iter()
             .filter(|(id, e)| {
-                matches!(e.state, EntryState::Failed { .. }) && e.waiters.is_empty() && !kept_by_image(**id)
+                matches!(e.state, EntryState::Failed { .. } | EntryState::Unloaded)
+                    && e.waiters.is_empty()
+                    && e.askers.is_empty()
+                    && !e.settings.is_kept()
+                    && !kept_by_image(**id)
             })
             .map(|(id, _)| *id)
             .collect();
@@ -213,13 +209,19 @@ impl Models {
         self.entries.values().filter(|e| e.load_id().is_some()).count()
     }
 
-    /// The queued entry that was asked for first.
-    pub(crate) fn next_queued(&self) -> Option<u64> {
-        self.entries
-            .iter()
-            .filter(|(_, e)| e.state == EntryState::Queued)
-            .min_by_key(|(id, e)| (e.requested_ns, **id))
-            .map(|(id, _)| *id)
+    /// The entries that wait for a loader, first asked first.
+    pub(crate) fn queued(&self) -> Vec<u64> {
+        let mut queued: Vec<(u64, u64)> =
+            self.entries.iter().filter(|(_, e)| e.is_queued()).map(|(id, e)| (e.requested_ns, *id)).collect();
+        queued.sort_unstable();
+        queued.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// Models that are loaded or being loaded, whatever their number of generations.
+    pub(crate) fn occupied(&self) -> usize {
+        let takes_room =
+            |e: &&Entry| matches!(e.state, EntryState::Loading { .. } | EntryState::Loaded { .. });
+        self.entries.values().filter(takes_room).count()
     }
 
     /// Takes a checked image as the result of a load.
@@ -247,15 +249,24 @@ impl Models {
             None => {}
         }
         self.names.insert(facts.model_id.clone(), id);
+        let Some(generation) = self.add_image(id, facts, now_ns) else { return Finished::Unknown };
+        let Some(entry) = self.entries.get_mut(&id) else { return Finished::Unknown };
+        entry.state = EntryState::Loaded { generation };
+        entry.last_use_ns = now_ns;
+        Finished::New { entry: id, generation, needless_loads }
+    }
+
+    /// Takes a checked image as a new generation of an entry.
+    pub(crate) fn add_image(&mut self, id: u64, facts: ImageFacts, now_ns: u64) -> Option<u64> {
+        let entry = self.entries.get_mut(&id)?;
         self.last_generation += 1;
         let generation = self.last_generation;
-        let Some(entry) = self.entries.get_mut(&id) else { return Finished::Unknown };
         entry.canonical = Some(facts.model_id.clone());
-        entry.state = EntryState::Loaded { generation };
         entry.loads += 1;
         entry.failures = 0;
+        entry.planned_bytes = 0;
         entry.load_us = now_ns.saturating_sub(entry.requested_ns) / 1000;
-        entry.last_use_ns = now_ns;
+        let precision = facts.precision;
         let description = ModelDescription {
             model_id: facts.model_id,
             generation,
@@ -265,16 +276,19 @@ impl Models {
             fingerprint: facts.fingerprint,
             content_hash: facts.content_hash,
             backing: facts.backing,
+            facts: facts.facts,
         };
         let image = Image {
             entry: id,
+            loaded_ns: now_ns,
+            precision,
             description,
             engine: EngineSide::Unsent,
             cache: CacheSide::Making,
             cache_totals: CacheTotals::default(),
         };
         self.images.insert(generation, image);
-        Finished::New { entry: id, generation, needless_loads }
+        Some(generation)
     }
 
     /// Makes every name, waiter and image of `from` those of `into`.
@@ -288,7 +302,9 @@ impl Models {
         }
         if let Some(entry) = self.entries.get_mut(&into) {
             entry.waiters.extend(gone.waiters);
+            entry.askers.extend(gone.askers);
             entry.loads += gone.loads;
+            entry.settings.absorb(gone.settings);
         }
     }
 
@@ -302,11 +318,14 @@ impl Models {
     ) -> Vec<Waiter> {
         let Some(entry) = self.entries.get_mut(&id) else { return Vec::new() };
         entry.failures = entry.failures.saturating_add(1);
-        // The first failure costs no wait: a killed loader says nothing about the model.
+        // The first failure costs no wait: a killed loader says nothing about the model. Memory does not come back at once.
         let wait_ns = match entry.failures {
+            0 | 1 if refusal.code == Code::OutOfMemory => nanos(limits.load_retry_base),
             0 | 1 => 0,
             n => backoff_ns(limits.load_retry_base, limits.load_retry_cap, n - 2),
         };
+        entry.note_failure(&refusal, now_ns);
+        entry.planned_bytes = 0;
         let retry_at_ns = now_ns.saturating_add(wait_ns);
         refusal.retry_after_ms = ms_until(retry_at_ns, now_ns);
         entry.state = EntryState::Failed { refusal, retry_at_ns };
@@ -318,11 +337,8 @@ impl Models {
         self.entries
             .values()
             .flat_map(|e| {
-                let load = match e.state {
-                    EntryState::Loading { deadline_ns, .. } => Some(deadline_ns),
-                    _ => None,
-                };
-                e.waiters.iter().map(|w| w.deadline_ns).chain(load)
+                let asked = e.askers.iter().map(|a| a.deadline_ns);
+                e.waiters.iter().map(|w| w.deadline_ns).chain(asked).chain(e.load_deadline_ns())
             })
             .min()
     }
@@ -336,6 +352,14 @@ impl Models {
         taken
     }
 
+    /// Whether this generation is what its entry gives to new askers, or will be.
+    pub(crate) fn is_wanted(&self, generation: u64) -> bool {
+        let entry = self.images.get(&generation).and_then(|image| self.entries.get(&image.entry));
+        entry.is_some_and(|e| {
+            e.state == EntryState::Loaded { generation } || e.reload == Some(Reload::Warming { generation })
+        })
+    }
+
     /// Whether this generation is what its entry gives to new askers.
     pub(crate) fn is_current(&self, generation: u64) -> bool {
         let entry = self.images.get(&generation).and_then(|image| self.entries.get(&image.entry));
@@ -344,17 +368,9 @@ impl Models {
 
     /// Whether somebody waits for a model whose image is there: only the engine is missing.
     pub(crate) fn engine_is_waited_for(&self) -> bool {
-        self.entries.values().any(|e| matches!(e.state, EntryState::Loaded { .. }) && !e.waiters.is_empty())
-    }
-}
-
-impl Entry {
-    /// The load under way, if one is.
-    pub(crate) fn load_id(&self) -> Option<u64> {
-        match self.state {
-            EntryState::Loading { load_id, .. } => Some(load_id),
-            _ => None,
-        }
+        self.entries.values().any(|e| {
+            matches!(e.state, EntryState::Loaded { .. }) && !(e.waiters.is_empty() && e.askers.is_empty())
+        })
     }
 }
 
@@ -377,7 +393,9 @@ pub(crate) fn ms_until(then_ns: u64, now_ns: u64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use shm_layout::image::Task;
     use shm_layout::wire::BackingKind;
+    use shm_layout::wire::TaskFacts;
 
     fn facts(model_id: &str) -> ImageFacts {
         ImageFacts {
@@ -388,6 +406,8 @@ mod tests {
             fingerprint: 1,
             content_hash: [1; 32],
             backing: BackingKind::SealedMemfd,
+            facts: TaskFacts::of(Task::Embed),
+            precision: "f32",
         }
     }
 
@@ -402,6 +422,7 @@ mod tests {
         models.entries.get_mut(&id).unwrap().waiters.push(Waiter {
             session: load_id,
             request_id: 1,
+            asked_ns: 0,
             deadline_ns: 5,
             want_lane: false,
             want_image: false,

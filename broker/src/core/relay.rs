@@ -3,7 +3,7 @@
 
 use crate::config::Limits;
 use shm_layout::limits::MAX_JOB_ATTEMPTS;
-use shm_layout::wire::JobFrame;
+use shm_layout::wire::{JobFrame, is_provided};
 use std::collections::{BTreeMap, HashMap};
 
 /// How far a job is.
@@ -13,6 +13,8 @@ pub(crate) enum JobState {
     Held,
     /// The present engine has it; `started` once it computes it.
     Sent { started: bool },
+    /// A provider has it, since then; `due_ns` is when that one is at fault for not answering.
+    Provided { provider: u64, since_ns: u64, due_ns: u64 },
 }
 
 /// One job.
@@ -27,6 +29,8 @@ pub(crate) struct RelayedJob {
     pub(crate) attempts: u32,
     pub(crate) state: JobState,
     pub(crate) cancelled: bool,
+    /// When it was accepted; kept for jobs of provided models only.
+    pub(crate) accepted_ns: u64,
     pub(crate) frame: JobFrame,
 }
 
@@ -38,6 +42,8 @@ pub(crate) struct Relay {
     per_session: HashMap<u64, (usize, usize)>,
     total_bytes: usize,
     held: usize,
+    /// Jobs of provided models.
+    provided: usize,
     last_id: u64,
 }
 
@@ -82,6 +88,7 @@ impl Relay {
         counters.1 += frame.payload.len();
         self.total_bytes += frame.payload.len();
         self.held += 1;
+        self.provided += usize::from(is_provided(generation));
         self.by_job.insert((session, frame.job_id), self.last_id);
         self.jobs.insert(
             self.last_id,
@@ -92,10 +99,84 @@ impl Relay {
                 attempts: 0,
                 state: JobState::Held,
                 cancelled: false,
+                accepted_ns: 0,
                 frame,
             },
         );
         self.last_id
+    }
+
+    /// Notes when a job of a provided model was accepted.
+    pub(crate) fn note_accepted(&mut self, relay_id: u64, now_ns: u64) {
+        if let Some(job) = self.jobs.get_mut(&relay_id) {
+            job.accepted_ns = now_ns;
+        }
+    }
+
+    /// A provider has the job now.
+    pub(crate) fn mark_provided(&mut self, relay_id: u64, provider: u64, since_ns: u64, due_ns: u64) {
+        if let Some(job) = self.jobs.get_mut(&relay_id) {
+            self.held -= usize::from(job.state == JobState::Held);
+            job.state = JobState::Provided { provider, since_ns, due_ns };
+        }
+    }
+
+    /// A provider is gone: its jobs that are still wanted are held again, and counted as attempted; the others end.
+    /// Gives the former.
+    pub(crate) fn provider_gone(&mut self, generation: u64, session: u64) -> Vec<u64> {
+        let theirs: Vec<u64> = self
+            .of_generation(generation)
+            .filter(|(_, j)| matches!(j.state, JobState::Provided { provider, .. } if provider == session))
+            .map(|(id, _)| id)
+            .collect();
+        let mut held = Vec::new();
+        for id in theirs {
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
+            if job.session.is_none() {
+                self.finish(id);
+                continue;
+            }
+            job.attempts += 1;
+            job.state = JobState::Held;
+            self.held += 1;
+            held.push(id);
+        }
+        held
+    }
+
+    /// Takes the asker off a job that a provider has: it is being answered now, while the provider's place stays taken
+    /// until that has let go of it. Gives the asker's session, frame id and job id.
+    pub(crate) fn orphan(&mut self, relay_id: u64) -> Option<(u64, u64, u64)> {
+        let job = self.jobs.get_mut(&relay_id)?;
+        let session = job.session.take()?;
+        let (request_id, job_id, bytes) = (job.request_id, job.frame.job_id, job.frame.payload.len());
+        self.forget_asker(session, job_id, bytes);
+        Some((session, request_id, job_id))
+    }
+
+    fn forget_asker(&mut self, session: u64, job_id: u64, payload_bytes: usize) {
+        self.by_job.remove(&(session, job_id));
+        if let Some(counters) = self.per_session.get_mut(&session) {
+            counters.0 -= 1;
+            counters.1 -= payload_bytes;
+            if counters.0 == 0 {
+                self.per_session.remove(&session);
+            }
+        }
+    }
+
+    /// The jobs of one generation, oldest first.
+    pub(crate) fn of_generation(&self, generation: u64) -> impl Iterator<Item = (u64, &RelayedJob)> {
+        // Most brokers have none: then nothing is looked through.
+        let none = is_provided(generation) && self.provided == 0;
+        let jobs = (!none).then_some(&self.jobs).into_iter().flatten();
+        jobs.filter(move |(_, j)| j.generation == generation).map(|(id, j)| (*id, j))
+    }
+
+    /// The jobs of provided models, oldest first.
+    pub(crate) fn provided(&self) -> impl Iterator<Item = (u64, &RelayedJob)> {
+        let jobs = (self.provided > 0).then_some(&self.jobs).into_iter().flatten();
+        jobs.filter(|(_, j)| is_provided(j.generation)).map(|(id, j)| (*id, j))
     }
 
     pub(crate) fn get(&self, relay_id: u64) -> Option<&RelayedJob> {
@@ -131,21 +212,15 @@ impl Relay {
         let job = self.jobs.remove(&relay_id)?;
         self.total_bytes -= job.frame.payload.len();
         self.held -= usize::from(job.state == JobState::Held);
+        self.provided -= usize::from(is_provided(job.generation));
         if let Some(session) = job.session {
-            self.by_job.remove(&(session, job.frame.job_id));
-            if let Some(counters) = self.per_session.get_mut(&session) {
-                counters.0 -= 1;
-                counters.1 -= job.frame.payload.len();
-                if counters.0 == 0 {
-                    self.per_session.remove(&session);
-                }
-            }
+            self.forget_asker(session, job.frame.job_id, job.frame.payload.len());
         }
         Some(job)
     }
 
-    /// A session is gone. Held jobs end; those in the engine stay counted until it lets go of them. Gives the latter's
-    /// relay ids.
+    /// A session is gone. Held jobs end; those that an engine or a provider has stay counted until it lets go of them.
+    /// Gives the latter's relay ids.
     pub(crate) fn session_gone(&mut self, session: u64) -> Vec<u64> {
         let mine: Vec<u64> =
             self.jobs.iter().filter(|(_, j)| j.session == Some(session)).map(|(id, _)| *id).collect();
@@ -164,16 +239,21 @@ impl Relay {
         in_engine
     }
 
-    /// The engine died. Jobs without session end; the others are held again, and counted as attempted if they were
-    /// being computed. Gives those that are not to be tried again: cancelled ones, and those over their attempts.
+    /// The engine died; jobs of provided models are no affair of it. Jobs without session end; the others are held again,
+    /// and counted as attempted if they were being computed. Gives those that are not to be tried again: cancelled ones,
+    /// and those over their attempts.
     pub(crate) fn engine_gone(&mut self) -> Vec<u64> {
-        let orphans: Vec<u64> =
-            self.jobs.iter().filter(|(_, j)| j.session.is_none()).map(|(id, _)| *id).collect();
+        let orphans: Vec<u64> = self
+            .jobs
+            .iter()
+            .filter(|(_, j)| j.session.is_none() && !is_provided(j.generation))
+            .map(|(id, _)| *id)
+            .collect();
         for id in orphans {
             self.finish(id);
         }
         let mut done = Vec::new();
-        for (id, job) in &mut self.jobs {
+        for (id, job) in self.jobs.iter_mut().filter(|(_, j)| !is_provided(j.generation)) {
             if let JobState::Sent { started } = job.state {
                 job.attempts += u32::from(started);
                 job.state = JobState::Held;
@@ -194,7 +274,8 @@ impl Relay {
         self.jobs.iter().filter(|(_, j)| j.state == JobState::Held).map(|(id, _)| *id).collect()
     }
 
-    /// The earliest deadline of a held job. Those that an engine has are its business.
+    /// The earliest deadline of a held job. Those that an engine has are its business; those that a provider has are
+    /// looked after with the providers.
     pub(crate) fn next_timer_ns(&self) -> Option<u64> {
         if self.held == 0 {
             return None;
@@ -213,14 +294,24 @@ impl Relay {
         !self.by_job.is_empty()
     }
 
-    /// Whether any job is held.
+    /// Whether any job that an engine is to compute is owed an answer.
+    pub(crate) fn owes_from_engine(&self) -> bool {
+        self.jobs.values().any(|j| j.session.is_some() && !is_provided(j.generation))
+    }
+
+    /// Whether any job for an engine is held.
     pub(crate) fn holds(&self) -> bool {
-        self.held > 0
+        self.held > 0 && self.jobs.values().any(|j| j.state == JobState::Held && !is_provided(j.generation))
     }
 
     /// Whether any job is for this generation.
     pub(crate) fn uses(&self, generation: u64) -> bool {
         self.jobs.values().any(|j| j.generation == generation)
+    }
+
+    /// Jobs for this generation.
+    pub(crate) fn count_of(&self, generation: u64) -> usize {
+        self.jobs.values().filter(|j| j.generation == generation).count()
     }
 
     /// Every job that is owed an answer.
@@ -237,7 +328,7 @@ impl Relay {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use shm_layout::wire::{Operation, Priority};
+    use shm_layout::wire::{Operation, PROVIDED_GENERATION, Priority};
 
     fn frame(job_id: u64, bytes: usize) -> JobFrame {
         JobFrame {
@@ -289,13 +380,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn counters_follow_the_jobs(steps in prop::collection::vec((0u8..7, 1u64..4, 1u64..6, 0usize..50), 0..200)) {
+        fn counters_follow_the_jobs(steps in prop::collection::vec((0u8..10, 1u64..4, 1u64..6, 0usize..50), 0..200)) {
             let mut relay = Relay::default();
             for (step, session, job_id, bytes) in steps {
                 let found = relay.find(session, job_id);
                 match (step, found) {
                     (0 | 1, None) => { relay.take(session, 1, 1, frame(job_id, bytes)); }
-                    (2, Some(id)) => relay.mark_sent(id),
+                    (7, None) => { relay.take(session, 1, PROVIDED_GENERATION, frame(job_id, bytes)); }
+                    (7, Some(id)) if is_provided(relay.get(id).unwrap().generation) => {
+                        relay.mark_provided(id, session, 1, 2);
+                    }
+                    (8, Some(id)) if matches!(relay.get(id).unwrap().state, JobState::Provided { .. }) => {
+                        relay.orphan(id);
+                    }
+                    (9, _) => { relay.provider_gone(PROVIDED_GENERATION, session); }
+                    (2, Some(id)) if !is_provided(relay.get(id).unwrap().generation) => relay.mark_sent(id),
                     (3, Some(id)) => relay.mark_started(id),
                     (4, Some(id)) => { relay.finish(id); }
                     (5, _) => { relay.session_gone(session); }
@@ -306,6 +405,7 @@ mod tests {
                 prop_assert_eq!(relay.total_bytes, bytes_now);
                 let held = relay.jobs.values().filter(|j| j.state == JobState::Held).count();
                 prop_assert_eq!(relay.held, held);
+                prop_assert_eq!(relay.provided, relay.of_generation(PROVIDED_GENERATION).count());
                 for session in 1..4 {
                     let mine = relay.jobs.values().filter(|j| j.session == Some(session));
                     prop_assert_eq!(relay.count(session), mine.count());

@@ -29,7 +29,8 @@ impl Core {
     /// An engine is kept ready even when nobody needs it, unless it cannot be started: then only who needs it makes the
     /// broker try again.
     fn engine_is_needed(&self) -> bool {
-        let used = self.lanes.len() > 0 || self.relay.owes() || self.models.engine_is_waited_for();
+        let used =
+            self.lanes.len() > 0 || self.relay.owes_from_engine() || self.models.engine_is_waited_for();
         if self.leaving.has_begun() {
             self.leaving_needs_engine()
         } else {
@@ -72,7 +73,20 @@ impl Core {
             FromEngine::ModelFailed { generation, code, message } => {
                 self.model_refused(now_ns, generation, code, message);
             }
-            FromEngine::ModelUnloaded { generation } => debug!(generation, "engine let go of a generation"),
+            FromEngine::ModelUnloaded { generation } => {
+                debug!(generation, "engine let go of a generation");
+                self.note_unloaded(generation);
+            }
+            FromEngine::Probed { generation, code, message, probe_us } => {
+                self.engine.worked();
+                if self.models.is_current(generation) {
+                    self.probed(generation, code, message, probe_us);
+                }
+            }
+            FromEngine::Metrics(measured) => {
+                self.metrics.engine = measured;
+                self.look_for_alerts(now_ns);
+            }
             FromEngine::LaneFault { lane_id, message } => {
                 let Some(lane) = self.lanes.get(lane_id) else { return };
                 if lane.state != LaneState::Dropping {
@@ -91,6 +105,7 @@ impl Core {
                 self.engine.worked();
                 self.job_answered(answer);
             }
+            FromEngine::Partial(partial) => self.job_goes_on(partial),
             FromEngine::CacheInsert { generation, bulk, keys, values } => {
                 self.fill_cache(generation, bulk, keys, values);
             }
@@ -140,7 +155,10 @@ impl Core {
             self.hand_over_lane(lane_id, generation);
         }
         self.send_held_jobs(now_ns);
+        self.switch_if_warm(now_ns, generation);
         self.grant_waiters(now_ns, generation);
+        self.answer_loaded(generation);
+        self.send_probe(generation);
     }
 
     fn model_refused(&mut self, now_ns: u64, generation: u64, code: Code, message: String) {
@@ -155,6 +173,9 @@ impl Core {
         let refusal = Refusal { code, message: super::cut(message), retry_after_ms: 0 };
         if self.models.is_current(generation) {
             self.fail_model(now_ns, entry, refusal.clone());
+        } else if self.models.is_wanted(generation) {
+            // On its way to replace another one, which goes on.
+            self.fail_reload(now_ns, entry, refusal.clone());
         }
         // Whoever has a lane would wait in it for ever; told so, it can connect and ask again.
         let bereft: BTreeSet<u64> =
@@ -196,6 +217,13 @@ impl Core {
             image.cache_totals = CacheTotals::default();
         }
         self.lanes.engine_gone();
+        self.all_unloaded();
+        self.probes_lost();
+        self.metrics.engine_gone();
+        if !orderly {
+            self.alerts.engine_died(now_ns);
+            self.look_for_alerts(now_ns);
+        }
         self.jobs_lost_their_engine();
         self.answer_status(now_ns);
         self.leaving_engine_dead(orderly);
@@ -223,10 +251,11 @@ impl Core {
             .collect();
         for id in waiting {
             let Some(entry) = self.models.entries.get_mut(&id) else { continue };
-            let waiters = std::mem::take(&mut entry.waiters);
+            let (waiters, askers) = (std::mem::take(&mut entry.waiters), std::mem::take(&mut entry.askers));
             let refusal = Refusal { code: Code::ModelUnavailable, message: message.clone(), retry_after_ms };
             self.refuse_waiters(waiters, &refusal);
+            self.refuse_askers(askers, &refusal);
         }
-        self.answer_all(Code::ModelUnavailable, &message);
+        self.answer_for_engine(Code::ModelUnavailable, &message);
     }
 }

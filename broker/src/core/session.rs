@@ -72,6 +72,7 @@ impl Sessions {
         self.map.len()
     }
 
+    #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
         self.map.is_empty()
     }

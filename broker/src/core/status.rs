@@ -1,9 +1,11 @@
 //! The report on everything. It waits a moment for the engine's counters, so that they are of now.
 
-use super::models::EntryState;
+use super::entry::Entry;
+use super::models::{EngineSide, EntryState, ms_until};
 use super::{Core, nanos};
 use shm_layout::wire::{
-    BrokerMessage, CacheReport, EngineReport, ModelReport, ModelState, SessionReport, StatusReport, ToEngine,
+    BrokerMessage, CacheReport, EngineReport, GenerationReport, LastError, ModelDetail, ModelReport,
+    ModelState, ProcessReferences, SessionReport, StatusReport, ToEngine,
 };
 use std::collections::BTreeMap;
 
@@ -82,6 +84,7 @@ impl Core {
             .iter()
             .map(|(id, entry)| {
                 let (state, generation, error) = match &entry.state {
+                    EntryState::Unloaded => (ModelState::Unloaded, None, None),
                     EntryState::Queued | EntryState::Loading { .. } => (ModelState::Loading, None, None),
                     EntryState::Loaded { generation } => (ModelState::Ready, Some(*generation), None),
                     EntryState::Failed { refusal, .. } => {
@@ -93,7 +96,7 @@ impl Core {
                 lease_pids.sort_unstable();
                 lease_pids.dedup();
                 ModelReport {
-                    model_id: entry.canonical.clone().unwrap_or_else(|| entry.asked_name.clone()),
+                    model_id: entry.name().to_owned(),
                     state,
                     description: image.map(|image| image.description.clone()),
                     load_us: entry.load_us,
@@ -110,6 +113,7 @@ impl Core {
                             ..CacheReport::default()
                         })
                     }),
+                    detail: self.model_detail(now_ns, *id, entry),
                 }
             })
             .collect();
@@ -148,6 +152,63 @@ impl Core {
             sessions,
             faults: self.faults,
             open_descriptors: 0,
+            provided: self.provided_report(now_ns),
+            metrics: self.metrics_report(),
+            alerts: self.alerts.report(now_ns),
+        }
+    }
+
+    /// What there is to say of one model beside its state.
+    fn model_detail(&self, now_ns: u64, id: u64, entry: &Entry) -> ModelDetail {
+        let us_since = |then_ns: u64| now_ns.saturating_sub(then_ns) / 1000;
+        let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let mut references: BTreeMap<u32, u32> = BTreeMap::new();
+        for (session, lease) in self.leases.iter() {
+            let is_ours = self.models.images.get(&lease.generation).is_some_and(|image| image.entry == id);
+            if is_ours && let Some(known) = self.sessions.get(session) {
+                *references.entry(known.pid).or_default() += 1;
+            }
+        }
+        let images = || self.models.images.iter().filter(|(_, image)| image.entry == id);
+        let settings = &entry.settings;
+        ModelDetail {
+            ids: settings.ids.clone(),
+            kind: settings.kind.map(|kind| kind.name().to_owned()),
+            source: entry.source.clone(),
+            // The only one that engines have so far.
+            device: "cpu".to_owned(),
+            device_wished: settings.device.to_string(),
+            precision: images().next_back().map(|(_, image)| image.precision.to_owned()),
+            pinned: settings.pinned,
+            reloading: entry.is_reloading(),
+            last_error: entry.last_error.as_ref().map(|note| LastError {
+                code: note.code,
+                message: note.message.clone(),
+                age_us: us_since(note.at_ns),
+            }),
+            generations: images()
+                .map(|(generation, image)| GenerationReport {
+                    generation: *generation,
+                    image_bytes: image.description.image_bytes,
+                    backing: image.description.backing,
+                    is_current: self.models.is_current(*generation),
+                    is_served: image.engine == EngineSide::Ready,
+                    leases: narrow(self.leases.count_of(*generation)),
+                    age_us: us_since(image.loaded_ns),
+                })
+                .collect(),
+            references: references.into_iter().map(|(pid, count)| ProcessReferences { pid, count }).collect(),
+            waiting: narrow(entry.waiters.len()),
+            queued_jobs: narrow(images().map(|(generation, _)| self.relay.count_of(*generation)).sum()),
+            retry_after_ms: match &entry.state {
+                EntryState::Failed { retry_at_ns, .. } => ms_until(*retry_at_ns, now_ns),
+                _ => 0,
+            },
+            unload_in_us: self.unload_due_ns(id).map(|due_ns| due_ns.saturating_sub(now_ns) / 1000),
+            reloads: entry.counts.reloads,
+            unloads: entry.counts.unloads,
+            evictions: entry.counts.evictions,
+            failures: entry.counts.failures,
         }
     }
 }

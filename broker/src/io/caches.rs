@@ -71,6 +71,11 @@ impl Cache {
         }
     }
 
+    /// What its vectors take, in bytes.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        (self.writer.entries() as u64).saturating_mul(4 * self.dim as u64)
+    }
+
     /// How full it is; what was found in it is left as it is.
     pub(crate) fn report(&self, into: &mut CacheReport) {
         into.entries = self.writer.entries() as u64;

@@ -397,9 +397,9 @@ impl EventLoop {
                 events.push_back(Event::LoaderProgress { load_id, progress });
                 true
             }
-            FromLoader::Loaded { model_id, image_bytes, backing } => {
+            FromLoader::Loaded { model_id, image_bytes, backing, facts } => {
                 let fd = link.take_descriptors(1).map(|mut fds| fds.pop());
-                events.push_back(match taken(fd, model_id, image_bytes, backing) {
+                events.push_back(match taken(fd, model_id, image_bytes, backing, facts) {
                     Ok((fd, facts)) => {
                         offered.insert(load_id, fd);
                         Event::LoaderImage { load_id, facts }
@@ -455,9 +455,10 @@ fn taken(
     model_id: String,
     image_bytes: u64,
     backing: shm_layout::wire::BackingKind,
+    facts: shm_layout::wire::TaskFacts,
 ) -> Result<(OwnedFd, crate::core::ImageFacts), String> {
     use std::os::fd::AsFd;
     let fd = fd.map_err(|e| e.to_string())?.ok_or("no descriptor came with it")?;
-    let facts = check_image(fd.as_fd(), model_id, image_bytes, backing).map_err(|e| e.to_string())?;
+    let facts = check_image(fd.as_fd(), model_id, image_bytes, backing, facts).map_err(|e| e.to_string())?;
     Ok((fd, facts))
 }

@@ -6,9 +6,12 @@ use super::children::{Child, EngineLink};
 use super::clients::reserve;
 use super::connection::{Connection, ConnectionBounds};
 use super::perform::LaneDescriptors;
+use super::providers::ProviderProcesses;
+use super::reload::Reloader;
 use crate::config::{BrokerConfig, Limits};
-use crate::core::{Core, CoreConfig, Event, nanos};
-use shm_layout::wire::BackingKind;
+use crate::core::{Core, CoreConfig, Event, Policy, nanos};
+use crate::reloaded::ReadAgain;
+use shm_os::image_backing::BackingChoice;
 use shm_os::process::monotonic_ns;
 use shm_os::run_dir::effective_uid;
 use shm_os::socket::Listener;
@@ -34,6 +37,10 @@ pub(crate) enum Token {
     LoaderPid(u64),
     EngineLink(u64),
     EnginePid(u64),
+    /// A provider's process, by its place in the configuration.
+    ProviderPid(u64),
+    Hangups,
+    Reloader,
 }
 
 /// Bits of a token's id; the kind lies above. Ids count up from 1 and never come near.
@@ -50,6 +57,9 @@ impl Token {
             Token::LoaderPid(id) => (5, id),
             Token::EngineLink(id) => (6, id),
             Token::EnginePid(id) => (7, id),
+            Token::ProviderPid(id) => (10, id),
+            Token::Hangups => (8, 0),
+            Token::Reloader => (9, 0),
         };
         kind << ID_BITS | id
     }
@@ -65,6 +75,9 @@ impl Token {
             5 => Token::LoaderPid(id),
             6 => Token::EngineLink(id),
             7 => Token::EnginePid(id),
+            10 => Token::ProviderPid(id),
+            8 => Token::Hangups,
+            9 => Token::Reloader,
             _ => return None,
         })
     }
@@ -77,13 +90,16 @@ pub(crate) struct EventLoop {
     pub(crate) bounds: ConnectionBounds,
     pub(crate) engine_command: Vec<OsString>,
     pub(crate) loader_command: Vec<OsString>,
-    pub(crate) backing: BackingKind,
+    pub(crate) backing: BackingChoice,
     pub(crate) cache_dir: PathBuf,
     pub(crate) poller: Poller,
     pub(crate) listener: Listener,
     pub(crate) accepting: bool,
     pub(crate) reserve: Option<File>,
     signals: UnixStream,
+    hangups: UnixStream,
+    pub(crate) on_reload: Option<ReadAgain>,
+    pub(crate) reloader: Option<Reloader>,
     /// The time of this turn.
     pub(crate) now_ns: u64,
     pub(crate) events: VecDeque<Event>,
@@ -104,11 +120,12 @@ pub(crate) struct EventLoop {
     pub(crate) offered_images: HashMap<u64, OwnedFd>,
     pub(crate) loaders: HashMap<u64, Child>,
     pub(crate) engine: EngineLink,
+    pub(crate) providers: ProviderProcesses,
     pub(crate) exiting: bool,
 }
 
 impl EventLoop {
-    /// Everything set up, nothing begun. `signals` becomes readable with each stop signal.
+    /// Everything set up, nothing begun. `signals` becomes readable with each stop signal, `hangups` with each SIGHUP.
     ///
     /// # Errors
     /// [`OsError`] when the poller cannot be made.
@@ -116,19 +133,30 @@ impl EventLoop {
         config: BrokerConfig,
         listener: Listener,
         signals: UnixStream,
+        hangups: UnixStream,
     ) -> Result<EventLoop, OsError> {
         let poller = Poller::new()?;
         poller.add(&listener, Token::Listener.pack(), Interest::READABLE)?;
         poller.add(&signals, Token::Signals.pack(), Interest::READABLE)?;
+        poller.add(&hangups, Token::Hangups.pack(), Interest::READABLE)?;
         let now_ns = monotonic_ns();
         let core = Core::new(
             CoreConfig {
                 default_model: config.default_model,
                 limits: config.limits.clone(),
+                policy: Policy {
+                    unload_after: config.unload_after,
+                    max_shared_models: config.max_shared_models,
+                    memory_budget_bytes: config.memory_budget_bytes,
+                    log_model_usage: config.log_model_usage,
+                },
+                models: config.models,
+                preload: config.preload,
                 idle_exit: config.idle_exit,
                 allow_other_users: config.allow_other_users,
                 caches: config.cache_entries > 0,
                 engine_saves: config.cache_persist && config.cache_entries > 0,
+                provider_models: config.providers.iter().map(|p| p.model_id.clone()).collect(),
                 own_uid: effective_uid(),
                 // Keyed by the system's randomness, anew in each process.
                 boot_id: std::hash::RandomState::new().build_hasher().finish() | 1,
@@ -154,6 +182,9 @@ impl EventLoop {
             accepting: true,
             reserve: reserve(),
             signals,
+            hangups,
+            on_reload: config.on_reload,
+            reloader: None,
             now_ns,
             events: VecDeque::new(),
             connections: HashMap::new(),
@@ -169,6 +200,7 @@ impl EventLoop {
             offered_images: HashMap::new(),
             loaders: HashMap::new(),
             engine: EngineLink::default(),
+            providers: ProviderProcesses::new(config.providers, &config.socket_path)?,
             exiting: false,
         })
     }
@@ -262,6 +294,13 @@ impl EventLoop {
                 let count = (&self.signals).read(&mut bytes).unwrap_or(0);
                 self.events.extend((0..count).map(|_| Event::StopSignal));
             }
+            Some(Token::Hangups) => {
+                // Several that came at once are one: the reading comes after all of them.
+                if (&self.hangups).read(&mut [0; 64]).is_ok_and(|count| count > 0) {
+                    self.events.push_back(Event::ReloadSignal);
+                }
+            }
+            Some(Token::Reloader) => self.reloader_ready(),
             Some(Token::Client(session)) => {
                 if event.readable || ended {
                     self.client_ready(session, ended);
@@ -284,6 +323,7 @@ impl EventLoop {
             }
             Some(Token::EngineLink(_)) => {}
             Some(Token::EnginePid(incarnation)) => self.engine_ended(incarnation),
+            Some(Token::ProviderPid(child)) => self.provider_ended(child),
         }
     }
 
@@ -337,6 +377,10 @@ impl EventLoop {
             Some(Token::Signals) => {
                 let _ = self.poller.remove(&self.signals);
             }
+            Some(Token::Hangups) => {
+                let _ = self.poller.remove(&self.hangups);
+            }
+            Some(Token::Reloader) => self.end_reloader(),
             Some(Token::EngineLink(_) | Token::EnginePid(_)) => self.end_engine(),
             Some(Token::LoaderLink(load_id) | Token::LoaderPid(load_id)) => {
                 if let Some(mut child) = self.loaders.remove(&load_id) {
@@ -344,6 +388,7 @@ impl EventLoop {
                     child.end();
                 }
             }
+            Some(Token::ProviderPid(child)) => self.providers.end_one(child),
             Some(Token::ClientPid(_)) | None => {}
         }
     }
@@ -357,6 +402,7 @@ impl EventLoop {
 
     fn end_children(&mut self) {
         self.end_engine();
+        self.providers.end();
         for (_, mut child) in self.loaders.drain() {
             child.end();
         }
@@ -378,6 +424,9 @@ mod tests {
             Token::LoaderPid(4),
             Token::EngineLink(5),
             Token::EnginePid(6),
+            Token::ProviderPid(0),
+            Token::Hangups,
+            Token::Reloader,
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

@@ -4,7 +4,7 @@
 use crate::core::ImageFacts;
 use shm_layout::image::{CheckedHeader, HEADER_BYTES, ImageError};
 use shm_layout::limits::MAX_MODEL_NAME_BYTES;
-use shm_layout::wire::BackingKind;
+use shm_layout::wire::{BackingKind, TaskFacts};
 use shm_os::image_backing::{self, BackingError};
 use std::os::fd::BorrowedFd;
 
@@ -20,6 +20,9 @@ pub(crate) enum ImageRefused {
     /// The loader calls the model by no usable name.
     #[error("the loader gave a model id of {0} bytes; it must have 1 to {MAX_MODEL_NAME_BYTES}")]
     BadModelId(usize),
+    /// What the loader says of the model is not usable.
+    #[error("the loader gave {0}")]
+    Facts(&'static str),
 }
 
 /// Checks an image and reads from its header what clients are told.
@@ -31,10 +34,12 @@ pub(crate) fn check_image(
     model_id: String,
     image_bytes: u64,
     backing: BackingKind,
+    facts: TaskFacts,
 ) -> Result<ImageFacts, ImageRefused> {
     if model_id.is_empty() || model_id.len() > MAX_MODEL_NAME_BYTES {
         return Err(ImageRefused::BadModelId(model_id.len()));
     }
+    facts.check().map_err(ImageRefused::Facts)?;
     let mapping = image_backing::map_published(fd, backing, image_bytes)?;
     let Some(head) = mapping.as_bytes().first_chunk::<HEADER_BYTES>() else {
         return Err(ImageError::TooShort { len_bytes: image_bytes }.into());
@@ -43,6 +48,9 @@ pub(crate) fn check_image(
     let head = *head;
     let header = CheckedHeader::parse(&head, image_bytes)?;
     let values = header.values();
+    if values.task != facts.task {
+        return Err(ImageRefused::Facts("another task than the image's"));
+    }
     Ok(ImageFacts {
         model_id,
         output_dim: values.output_dim,
@@ -51,5 +59,7 @@ pub(crate) fn check_image(
         fingerprint: values.fingerprint(),
         content_hash: values.content_hash,
         backing,
+        facts,
+        precision: values.precision.name(),
     })
 }

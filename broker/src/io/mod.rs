@@ -7,6 +7,9 @@ mod clients;
 mod connection;
 mod event_loop;
 mod images;
+mod memory;
 mod perform;
+mod providers;
+mod reload;
 
 pub(crate) use event_loop::EventLoop;

@@ -2,6 +2,7 @@
 
 use super::caches::Cache;
 use super::event_loop::EventLoop;
+use super::memory;
 use crate::core::{Action, Attachment, Event};
 use shm_layout::code::Code;
 use shm_layout::wire::{BrokerMessage, Refusal};
@@ -98,6 +99,19 @@ impl EventLoop {
             Action::StartEngine { incarnation } => self.start_engine(incarnation),
             Action::KillEngine { incarnation } => self.kill_engine(incarnation),
             Action::ToEngine { message, attachments } => self.engine.say(message, attachments),
+            Action::StartProvider { child } => self.start_provider(child),
+            Action::KillProvider { child } => self.providers.kill(child),
+            Action::ReadConfiguration => self.read_configuration(),
+            Action::Reconfigure { loader_command, cache_entries, cache_ttl } => {
+                self.loader_command = loader_command;
+                self.cache_entries = cache_entries;
+                self.cache_ttl = cache_ttl;
+            }
+            Action::LookAtMemory => {
+                let caches =
+                    self.caches.iter().map(|(generation, cache)| (*generation, cache.used_bytes())).collect();
+                self.events.push_back(Event::Memory { available_bytes: memory::available_bytes(), caches });
+            }
             Action::Exit => self.exiting = true,
         }
     }
@@ -111,6 +125,12 @@ impl EventLoop {
     ) {
         if let BrokerMessage::Status(report) = &mut message {
             report.open_descriptors = open_descriptors();
+            let measured = &mut report.metrics.memory;
+            measured.available_bytes = memory::available_bytes();
+            measured.cache_bytes = self.caches.values().map(Cache::used_bytes).sum();
+            measured.broker_pss_bytes = memory::pss_bytes(report.broker_pid);
+            measured.engine_pss_bytes =
+                report.engines.first().filter(|e| e.pid != 0).and_then(|e| memory::pss_bytes(e.pid));
             for model in &mut report.models {
                 if let (Some(cache), Some(description)) = (&mut model.cache, &model.description)
                     && let Some(held) = self.caches.get(&description.generation)

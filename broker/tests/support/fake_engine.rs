@@ -116,6 +116,11 @@ impl Engine {
                 }
             }
             ToEngine::Drain => {}
+            ToEngine::Probe { generation } => {
+                assert!(self.models.contains_key(&generation), "a probe of an unknown model");
+                let (code, message) = (Code::Ok, String::new());
+                self.say(&FromEngine::Probed { generation, code, message, probe_us: 5 });
+            }
             ToEngine::Totals => {
                 let queued_jobs = self.held.len() as u32;
                 self.say(&FromEngine::Totals(EngineTotals {

@@ -7,7 +7,7 @@ use shm_layout::image::{
     Family, HEADER_BYTES, HeaderValues, Isa, PAGE_ALIGN_BYTES, Pooling, Precision, SECTION_ENTRY_BYTES,
     TENSOR_ENTRY_BYTES, Task,
 };
-use shm_layout::wire::{BackingKind, FromLoader, LoadProgress};
+use shm_layout::wire::{BackingKind, FromLoader, LoadProgress, TaskFacts};
 use shm_os::framed::FramedStream;
 use shm_os::memfd::{create_writable_image, seal_image};
 use std::fs::{File, OpenOptions};
@@ -80,7 +80,15 @@ pub(crate) fn run(folder: &Path, model: &str, mut link: FramedStream) -> ExitCod
     }
     let fds = if what == "bare" { vec![] } else { vec![fd] };
     let backing = BackingKind::SealedMemfd;
-    say(&FromLoader::Loaded { model_id: model_id.into(), image_bytes, backing }, fds);
+    say(
+        &FromLoader::Loaded {
+            model_id: model_id.into(),
+            image_bytes,
+            backing,
+            facts: TaskFacts::of(Task::Embed),
+        },
+        fds,
+    );
     ExitCode::SUCCESS
 }
 

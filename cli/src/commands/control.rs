@@ -1,5 +1,6 @@
 //! `status`, `models`, `stop`: questions and orders to a broker that runs. None of them starts one.
 
+use super::metrics_json::{add_detail, alerts_json, metrics_json};
 use crate::args::{JsonArgs, StopArgs};
 use crate::failure::Failure;
 use crate::terminal::{bold, bytes, micros};
@@ -62,6 +63,9 @@ pub(super) fn status(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Fai
             micros(session.age_us)
         );
     }
+    for alert in &report.alerts {
+        println!("{} {} {}: {}", bold("alert"), alert.severity, alert.name, alert.message);
+    }
     if report.faults > 0 {
         println!("{} sessions were ended because their client broke the protocol", report.faults);
     }
@@ -84,21 +88,42 @@ pub(super) fn models(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Fai
     Ok(())
 }
 
+/// Has the broker read its configuration again and says what changed.
+pub(super) fn reload_config(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Failure> {
+    let client = super::client(socket, "reload-config", Some(StartBroker::Never)).connect()?;
+    let what = client.reload_configuration()?;
+    if args.json {
+        println!("{}", json!({ "applied": what.applied, "pending": what.pending }));
+        return Ok(());
+    }
+    if what.applied.is_empty() && what.pending.is_empty() {
+        println!("nothing changed");
+    }
+    for line in &what.applied {
+        println!("{} {line}", bold("applied"));
+    }
+    for line in &what.pending {
+        println!("{} {line}", bold("not applied"));
+    }
+    Ok(())
+}
+
 /// Asks the broker to leave and waits until it is gone.
 pub(super) fn stop(socket: Option<PathBuf>, args: &StopArgs) -> Result<(), Failure> {
     let client = super::client(socket, "stop", Some(StartBroker::Never)).connect()?;
     Ok(client.shutdown(Duration::from_secs(args.drain))?)
 }
 
-fn state_name(state: ModelState) -> &'static str {
+pub(super) fn state_name(state: ModelState) -> &'static str {
     match state {
         ModelState::Loading => "loading",
         ModelState::Ready => "ready",
         ModelState::Failed => "failed",
+        ModelState::Unloaded => "unloaded",
     }
 }
 
-fn model_line(model: &ModelReport) -> String {
+pub(super) fn model_line(model: &ModelReport) -> String {
     let what = match (&model.description, &model.error) {
         (Some(d), _) => format!(
             "{} dimensions, {} tokens at most, image {} ({}), loaded in {}, {} leases",
@@ -127,6 +152,8 @@ fn status_json(report: &StatusReport) -> Value {
         "sessions": report.sessions.iter().map(session_json).collect::<Vec<_>>(),
         "faults": report.faults,
         "open_descriptors": report.open_descriptors,
+        "metrics": metrics_json(&report.metrics),
+        "alerts": alerts_json(&report.alerts),
     })
 }
 
@@ -134,7 +161,7 @@ fn models_json(models: &[ModelReport]) -> Vec<Value> {
     models.iter().map(model_json).collect()
 }
 
-fn model_json(model: &ModelReport) -> Value {
+pub(super) fn model_json(model: &ModelReport) -> Value {
     let description = model.description.as_ref().map(|d| {
         json!({
             "generation": d.generation,
@@ -146,7 +173,7 @@ fn model_json(model: &ModelReport) -> Value {
             "backing": d.backing.name(),
         })
     });
-    json!({
+    let mut fields = json!({
         "id": model.model_id,
         "state": state_name(model.state),
         "image": description,
@@ -157,7 +184,9 @@ fn model_json(model: &ModelReport) -> Value {
         "idle_us": model.idle_us,
         "error": model.error,
         "cache": model.cache.as_ref().map(cache_json),
-    })
+    });
+    add_detail(&mut fields, model);
+    fields
 }
 
 /// Texts that were found, of those that were asked for, in percent; `None` when none was.

@@ -155,7 +155,7 @@ fn compiled_image(model: &str) -> Result<PathBuf, Failure> {
     let request = LoadRequest {
         reference: model.to_owned(),
         precision: PrecisionChoice::default(),
-        backing: BackingKind::ImageFile,
+        backing: BackingKind::ImageFile.into(),
         source,
     };
     let loaded = load_image(&request, &mut |_| {}).map_err(|e| failed(&e))?;

@@ -1,6 +1,7 @@
 //! `doctor`: looks at what a broker needs of this machine and this setup, and says how to mend what is wrong.
 
-use crate::args::JsonArgs;
+use crate::args::DoctorArgs;
+use crate::configuration::CommandLine;
 use crate::failure::{Exit, Failure};
 use crate::terminal::{bold, bytes};
 use nix::sys::resource::{Resource, getrlimit};
@@ -9,7 +10,7 @@ use serde_json::json;
 use shm_os::image_backing::{ImageBacking, ImageKey, SealedMemfd, shared_memory_huge_pages};
 use shm_os::run_dir::{LockFile, check_private_dir, default_run_dir, ensure_private_dir};
 use shm_os::{lane_mapping::LaneMapping, process, socket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use worker_sdk::StartBroker;
 
 /// Below this a 2 GB model does not fit beside its download.
@@ -49,9 +50,24 @@ fn check(name: &'static str, outcome: Result<String, String>, on_error: Verdict,
 }
 
 /// Prints every check; ends with exit code 8 when one failed.
-pub(super) fn run(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Failure> {
+pub(super) fn run(line: &CommandLine, args: &DoctorArgs) -> Result<(), Failure> {
+    let configuration = line.load();
+    // A configuration that cannot be used is one of the findings; the others are told all the same.
+    let socket = configuration.as_ref().ok().and_then(|all| all.settings().serve.socket.clone());
     let socket = socket.unwrap_or_else(|| default_run_dir().join(worker_sdk::SOCKET_FILE_NAME));
-    let checks = checks(&socket);
+    let mut checks = checks(&socket);
+    checks.insert(
+        0,
+        check(
+            "configuration",
+            configuration.map(|_| configuration_file(line)).map_err(text),
+            Verdict::Fail,
+            "change what is named; `modelbroker config check` looks again",
+        ),
+    );
+    if args.images {
+        checks.push(images());
+    }
     let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
     if args.json {
         let rows: Vec<_> = checks
@@ -131,6 +147,13 @@ fn checks(socket: &Path) -> Vec<Check> {
     ]
 }
 
+fn configuration_file(line: &CommandLine) -> String {
+    match line.file() {
+        Some((path, _)) if path.is_file() => format!("{} can be used", path.display()),
+        _ => "no file; defaults, environment and options can be used".into(),
+    }
+}
+
 fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
@@ -195,6 +218,26 @@ fn cache_folder() -> Result<String, String> {
     let free_bytes = space.blocks_available() * space.fragment_size();
     let found = format!("{}, {} free", folder.display(), bytes(free_bytes));
     if free_bytes < LOW_DISK_BYTES { Err(found) } else { Ok(found) }
+}
+
+/// Reads every compiled image and checks its hash.
+fn images() -> Check {
+    const NAME: &str = "compiled images";
+    const FIX: &str =
+        "none: damaged images were removed and are compiled again when they are needed; check the disk";
+    let found = model_source::default_cache_dir()
+        .map_err(text)
+        .and_then(|folder| model_loader::verify_cached_images(&folder).map_err(text));
+    let outcome = found.and_then(|images| {
+        let damaged: Vec<String> = images
+            .iter()
+            .filter_map(|image| image.damage.as_ref().map(|damage| format!("{}: {damage}", image.name)))
+            .collect();
+        let sum_bytes = images.iter().map(|image| image.len_bytes).sum();
+        let whole = format!("{} checked, {}", images.len(), bytes(sum_bytes));
+        if damaged.is_empty() { Ok(whole) } else { Err(format!("{whole}; {}", damaged.join("; "))) }
+    });
+    check(NAME, outcome, Verdict::Fail, FIX)
 }
 
 fn default_model() -> Result<String, String> {

@@ -6,7 +6,7 @@ use serde_json::json;
 use std::io::{self, BufRead, BufWriter, Read, Write};
 use std::path::PathBuf;
 use std::time::Duration;
-use worker_sdk::{EmbedOptions, Embeddings, Model};
+use worker_sdk::{EmbedOptions, Embeddings, Model, Prompt};
 
 /// Texts computed between two writes.
 const TEXTS_AT_ONCE: usize = 1024;
@@ -21,10 +21,18 @@ pub(super) fn run(socket: Option<PathBuf>, args: EmbedArgs) -> Result<(), Failur
     let model = super::lease(&client, &args.model, args.route)?;
     let from_stdin = args.texts.is_empty() || args.texts == ["-"];
     let timeout = Duration::from_secs(args.timeout);
-    let options = EmbedOptions::bulk().timeout(timeout).bypass_cache(args.no_cache);
+    let prompt = match (args.prompt_name, args.prompt) {
+        (Some(name), _) => Prompt::Named(name),
+        (None, Some(text)) => Prompt::Text(text),
+        (None, None) => Prompt::ModelDefault,
+    };
+    let options = EmbedOptions {
+        dimensions: args.dimensions,
+        ..EmbedOptions::bulk().timeout(timeout).bypass_cache(args.no_cache).prompt(prompt)
+    };
     let mut out = Output::new(args.format);
     if from_stdin {
-        let mut input = Lines { reader: io::stdin().lock(), format: args.input, number: 0 };
+        let mut input = Lines::new(io::stdin().lock(), args.input);
         loop {
             let texts = input.next_batch()?;
             if texts.is_empty() {
@@ -50,14 +58,20 @@ fn embed(model: &Model, texts: &[String], options: &EmbedOptions) -> Result<Embe
     Ok(model.embed_with(texts, options)?)
 }
 
-struct Lines<R> {
+/// Texts of a reader, one a line.
+pub(super) struct Lines<R> {
     reader: R,
     format: InputFormat,
     number: u64,
 }
 
 impl<R: BufRead> Lines<R> {
-    fn next_batch(&mut self) -> Result<Vec<String>, Failure> {
+    pub(super) fn new(reader: R, format: InputFormat) -> Lines<R> {
+        Lines { reader, format, number: 0 }
+    }
+
+    /// The next texts, some thousand at most; none at the end.
+    pub(super) fn next_batch(&mut self) -> Result<Vec<String>, Failure> {
         let (mut texts, mut held_bytes) = (Vec::new(), 0);
         while texts.len() < TEXTS_AT_ONCE && held_bytes < BYTES_AT_ONCE {
             let Some(text) = self.next_text()? else { break };
@@ -73,7 +87,7 @@ impl<R: BufRead> Lines<R> {
             return Ok(None);
         }
         self.number += 1;
-        let bad = |what: String| Failure::new(Exit::Input, format!("stdin, line {}: {what}", self.number));
+        let bad = |what: String| Failure::new(Exit::Input, format!("line {}: {what}", self.number));
         if line.last() == Some(&b'\n') {
             line.pop();
             if line.last() == Some(&b'\r') {
@@ -193,7 +207,7 @@ mod tests {
     use super::*;
 
     fn texts(input: &str, format: InputFormat) -> Result<Vec<String>, String> {
-        let mut lines = Lines { reader: input.as_bytes(), format, number: 0 };
+        let mut lines = Lines::new(input.as_bytes(), format);
         lines.next_batch().map_err(|f| f.message().unwrap_or_default().to_owned())
     }
 
@@ -206,7 +220,7 @@ mod tests {
         );
         let error = texts("{\"text\":\"a\"}\n[1]\n", InputFormat::Jsonl).unwrap_err();
         assert!(error.contains("line 2"), "{error}");
-        let mut lines = Lines { reader: &b"ok\n\xff\n"[..], format: InputFormat::Lines, number: 0 };
+        let mut lines = Lines::new(&b"ok\n\xff\n"[..], InputFormat::Lines);
         let error = lines.next_batch().unwrap_err();
         assert_eq!(error.exit(), Exit::Input);
         assert!(error.message().unwrap().contains("line 2: not UTF-8"));

@@ -1,16 +1,21 @@
 //! One module a command. This file only chooses which runs.
 
 mod children;
+mod config;
 mod control;
 mod demo;
 mod doctor;
 mod documents;
 mod embed;
 mod load;
+mod metrics_json;
+mod model;
 mod serve;
+mod texts;
 mod worker;
 
 use crate::args::{Arguments, Command, RouteArg};
+use crate::configuration::CommandLine;
 use crate::failure::Failure;
 use crate::{logging, terminal};
 use std::path::PathBuf;
@@ -22,22 +27,42 @@ use worker_sdk::{Client, ClientBuilder, Model, ModelRequest, Route, StartBroker}
 /// # Errors
 /// [`Failure`] with a message and an exit code.
 pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
-    let socket = arguments.socket;
+    let line = CommandLine::new(&arguments)?;
     match &arguments.command {
         // The broker and its children choose their own logs.
         Command::Serve(_) | Command::Engine(_) | Command::LoadModel(_) => {}
         _ => logging::init("warn", None, false)?,
     }
+    let socket = match &arguments.command {
+        // What reads the configuration itself, and what is told everything by whoever started it.
+        Command::Serve(_)
+        | Command::Config(_)
+        | Command::Doctor(_)
+        | Command::Demo(_)
+        | Command::Engine(_)
+        | Command::LoadModel(_)
+        | Command::IndexDocument(_)
+        | Command::Worker(_) => arguments.socket,
+        _ => line.load()?.settings().serve.socket.clone(),
+    };
     match arguments.command {
-        Command::Serve(args) => serve::run(socket, args),
+        Command::Serve(args) => serve::run(line, args),
+        Command::Config(args) => config::run(line, args),
+        Command::ReloadConfig(args) => control::reload_config(socket, &args),
         Command::Stop(args) => control::stop(socket, &args),
         Command::Status(args) => control::status(socket, &args),
         Command::Models(args) => control::models(socket, &args),
+        Command::Model(args) => model::run(socket, &args),
         Command::Embed(args) => embed::run(socket, args),
+        Command::Summarize(args) => texts::summarize(socket, &args),
+        Command::Generate(args) => texts::generate(socket, &args),
+        Command::Similar(args) => texts::similar(socket, &args),
+        Command::Rank(args) => texts::rank(socket, &args),
+        Command::Classify(args) => texts::classify(socket, &args),
         Command::Index(args) => documents::index(socket, &args),
         Command::Search(args) => documents::search(socket, &args),
         Command::Load(args) => load::run(socket, &args),
-        Command::Doctor(args) => doctor::run(socket, &args),
+        Command::Doctor(args) => doctor::run(&line, &args),
         Command::Demo(args) => demo::run(&args),
         Command::Engine(args) => children::engine(args),
         Command::LoadModel(args) => children::load_model(args),

@@ -111,6 +111,16 @@ impl Checkpoint {
         }
         Ok(checkpoint)
     }
+
+    /// Takes in another checkpoint's files; its tensors get `prefix` before their names.
+    pub(crate) fn take_in(&mut self, prefix: &str, other: Checkpoint) {
+        let first_file = self.files.len();
+        self.files.extend(other.files);
+        for (name, mut tensor) in other.tensors {
+            tensor.file += first_file;
+            self.tensors.insert(format!("{prefix}{name}"), tensor);
+        }
+    }
 }
 
 /// Bits of one element, for every dtype of the format.

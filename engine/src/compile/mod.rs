@@ -6,6 +6,7 @@
 //! code that reads foreign bytes here.
 
 mod checkpoint;
+mod encoder;
 mod error;
 mod folder;
 mod generator;
@@ -13,11 +14,15 @@ mod gguf;
 mod gguf_files;
 mod plan;
 mod sentence;
+mod tables;
 mod tokenizer_check;
 mod write;
 
+pub(crate) use encoder::head_name;
 pub use error::CompileError;
 pub(crate) use generator::table_precision;
+pub use sentence::{MAX_PROMPT_BYTES, MAX_PROMPTS};
+pub(crate) use sentence::{Prompts, prompts};
 
 use crate::config::{EncoderConfig, MAX_CONFIG_BYTES};
 use crate::model::TextEncoder;
@@ -25,7 +30,7 @@ use checkpoint::Checkpoint;
 use folder::ModelFolder;
 use sentence::SentenceSettings;
 pub use shm_layout::image::Precision;
-use shm_layout::image::{Pooling, SectionKind, Task};
+use shm_layout::image::{Pooling, SectionKind};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -157,7 +162,11 @@ pub fn compile_folder(
         MAX_CONFIG_BYTES,
         "give the folder of a Hugging Face model, the one that holds config.json",
     )?;
-    let config = EncoderConfig::from_json(&config_json)?;
+    let mut config = EncoderConfig::from_json(&config_json)?;
+    if settings.has_pooling {
+        // sentence-transformers takes the encoder out of whatever it is in.
+        config.classifier = None;
+    }
     let header = header_settings(&config, &settings, options.precision)?;
     let tokenizer = required(
         &mut folder,
@@ -167,11 +176,22 @@ pub fn compile_folder(
     )?;
     let tokenizer = tokenizer_check::clean(&tokenizer, config.vocab_size)
         .map_err(|reason| CompileError::Tokenizer { reason })?;
+    let tables = if header.lower_case { None } else { crate::unigram::compile(&tokenizer) };
     // Loads it once, in this process that may die, so that no image holds a tokenizer that does not load.
     TextEncoder::new(&tokenizer, &config, header.max_seq_tokens as usize, header.lower_case)
         .map_err(|error| CompileError::Tokenizer { reason: error.to_string() })?;
-    let checkpoint = Checkpoint::open(&mut folder, &prefix)?;
-    let tensors = plan::tensors(&config, &checkpoint, options.precision)?;
+    let mut checkpoint = Checkpoint::open(&mut folder, &prefix)?;
+    for module in &settings.dense {
+        let dense = Checkpoint::open(&mut folder, &module.prefix)?;
+        checkpoint.take_in(&module.prefix, dense);
+    }
+    let tensors = encoder::tensors(
+        &config,
+        &settings.dense,
+        header.max_seq_tokens as usize,
+        &checkpoint,
+        options.precision,
+    )?;
     let mut sections = vec![
         (SectionKind::ModelId, options.model_id.clone().into_bytes()),
         (SectionKind::Config, config_json),
@@ -182,6 +202,7 @@ pub fn compile_folder(
         settings.sentence_transformers_config.map(|data| (SectionKind::SentenceTransformersConfig, data)),
     );
     sections.extend(settings.modules_json.map(|data| (SectionKind::Modules, data)));
+    sections.extend(tables.map(|data| (SectionKind::TokenizerTables, data)));
     let plan = plan::layout(header, &sections, tensors)?;
     drop(sections);
     finish(&plan, &checkpoint, &folder, out, progress)
@@ -286,15 +307,37 @@ fn header_settings(
     }
     let most = config.max_tokens() as u64;
     let max_seq_tokens = settings.max_seq_tokens.or(settings.tokenizer_max_tokens).unwrap_or(most).min(most);
+    let (pooling, normalize, output_dim) = match config.classifier {
+        Some(classifier) => (classifier.pooling, false, classifier.label_count),
+        None if settings.modules_json.is_some() && !settings.has_pooling => {
+            return Err(bad(
+                "modules.json",
+                "has no Pooling module, and config.json names no classifier".into(),
+            ));
+        }
+        None => {
+            let mut dim = config.hidden_dim * settings.pooling.count() as usize;
+            for module in &settings.dense {
+                if module.inputs != dim {
+                    return Err(bad(
+                        &format!("{}config.json", module.prefix),
+                        format!("in_features is {}, what comes before gives {dim}", module.inputs),
+                    ));
+                }
+                dim = module.outputs;
+            }
+            (settings.pooling, settings.normalize, dim)
+        }
+    };
     Ok(plan::Settings {
         family: config.family,
-        task: Task::Embed,
+        task: config.task(),
         hidden_dim: config.hidden_dim,
-        output_dim: config.hidden_dim * settings.pooling.count() as usize,
+        output_dim,
         vocab_size: config.vocab_size,
         layer_count: config.layer_count,
-        pooling: settings.pooling,
-        normalize: settings.normalize,
+        pooling,
+        normalize,
         lower_case: settings.lower_case,
         max_seq_tokens: max_seq_tokens as u32,
         precision,

@@ -1,21 +1,13 @@
-//! Planning an image: which tensors it has, from what they are made, and where everything lies. Pure; no file is read.
+//! Planning an image: from what its tensors are made, and where everything lies. Pure; no file is read. Which tensors an
+//! encoder has is in `encoder`.
 
-use super::checkpoint::{Checkpoint, SourceTensor};
+use super::checkpoint::SourceTensor;
 use super::error::CompileError;
-use crate::config::EncoderConfig;
-use crate::json::shorten;
-use crate::packing::{MAX_INT8_INPUTS, Packing};
 use shm_layout::image::{
     DType, Family, HEADER_BYTES, HeaderValues, Isa, MAX_IMAGE_BYTES, MAX_SECTION_BYTES, MAX_TENSORS,
     PAGE_ALIGN_BYTES, Pooling, Precision, SECTION_ENTRY_BYTES, SectionEntry, SectionKind, TENSOR_ENTRY_BYTES,
     Task, TensorEntry, tensor_align_bytes,
 };
-
-/// Prefixes under which checkpoints keep an encoder's tensors.
-const PREFIXES: [&str; 5] = ["", "bert.", "roberta.", "model.", "encoder_model."];
-/// Tensors that checkpoints may carry and an embedding never uses: heads for other tasks and buffers.
-const UNUSED: [&str; 6] =
-    ["pooler.", "embeddings.position_ids", "embeddings.token_type_ids", "cls.", "lm_head.", "classifier."];
 
 /// How an image tensor is made from checkpoint tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +20,20 @@ pub(crate) enum Make {
     Scales,
     /// Of each row of the stacked sources the sum of its int8 weights, times their scale.
     Sums,
+    /// Zeros, from no source: the bias of a layer that has none.
+    Zeros,
+    /// Cosines of the angles of rotary positions `[positions, head_dim / 2]`, from no source.
+    RotaryCos {
+        /// Bits of the base, an f64.
+        base_bits: u64,
+    },
+    /// Sines of the same angles.
+    RotarySin {
+        /// Bits of the base, an f64.
+        base_bits: u64,
+    },
+    /// What is added to scores by distance, `[heads, 2 * positions - 1]`, of a source `[buckets, heads]`.
+    DistanceBias,
     /// The one source's bytes as they are: quantised blocks.
     Copy,
 }
@@ -92,169 +98,6 @@ pub(crate) struct Settings {
     pub(crate) max_seq_tokens: u32,
     /// Precision of the matrices.
     pub(crate) precision: Precision,
-}
-
-/// Finds the tensors of an encoder in a checkpoint.
-struct Finder<'a> {
-    checkpoint: &'a Checkpoint,
-    prefix: &'static str,
-    precision: Precision,
-    used: Vec<String>,
-    planned: Vec<PlannedTensor>,
-}
-
-impl Finder<'_> {
-    /// Adds the image tensor `name`, made from `sources` of shape `each`.
-    fn add(
-        &mut self,
-        name: String,
-        make: Make,
-        sources: &[String],
-        each: &[u64],
-    ) -> Result<(), CompileError> {
-        let mut found = Vec::with_capacity(sources.len());
-        for source in sources {
-            let (full, tensor) = self.find(source)?;
-            if tensor.shape != each {
-                return Err(CompileError::TensorShape {
-                    name: full,
-                    found: tensor.shape,
-                    wanted: each.to_vec(),
-                });
-            }
-            if !matches!(tensor.dtype.as_str(), "F32" | "F16" | "BF16") {
-                return Err(CompileError::TensorDtype { name: full, found: tensor.dtype });
-            }
-            self.used.push(full.clone());
-            found.push((full, tensor));
-        }
-        let rows = each[0] * sources.len() as u64;
-        let (dtype, shape) = match make {
-            Make::Concat => (DType::F32, std::iter::once(rows).chain(each[1..].iter().copied()).collect()),
-            Make::Pack(precision) => (precision.dtype(), precision.matrix_shape(each[1], rows).to_vec()),
-            Make::Scales | Make::Sums => (DType::F32, vec![rows]),
-            Make::Copy => (DType::Blocks, each.to_vec()),
-        };
-        self.planned.push(PlannedTensor { name, dtype, shape, make, sources: found, offset: 0 });
-        Ok(())
-    }
-
-    /// The checkpoint's tensor of this name, also under the names that old TensorFlow exports give to layer norms.
-    fn find(&self, name: &str) -> Result<(String, SourceTensor), CompileError> {
-        let old =
-            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta");
-        for name in [name, &old] {
-            let full = format!("{}{name}", self.prefix);
-            if let Some(tensor) = self.checkpoint.tensors.get(&full) {
-                return Ok((full, tensor.clone()));
-            }
-        }
-        Err(CompileError::MissingTensor { name: name.to_owned() })
-    }
-
-    /// A linear layer, or several that read the same input, as one matrix and one bias.
-    fn linear(
-        &mut self,
-        name: &str,
-        sources: &[String],
-        output: usize,
-        input: usize,
-    ) -> Result<(), CompileError> {
-        let named =
-            |suffix: &str| sources.iter().map(|source| format!("{source}.{suffix}")).collect::<Vec<_>>();
-        let (output, input) = (output as u64, input as u64);
-        if self.precision == Precision::Int8 && input > MAX_INT8_INPUTS {
-            return Err(CompileError::TooLarge { reason: "number of inputs of an int8 layer" });
-        }
-        let each = [output, input];
-        self.add(format!("{name}.weight"), Make::Pack(self.precision), &named("weight"), &each)?;
-        if self.precision == Precision::Int8 {
-            self.add(format!("{name}.scales"), Make::Scales, &named("weight"), &each)?;
-            self.add(format!("{name}.sums"), Make::Sums, &named("weight"), &each)?;
-        }
-        self.add(format!("{name}.bias"), Make::Concat, &named("bias"), &[output])
-    }
-
-    fn norm(&mut self, name: &str, source: &str, width: usize) -> Result<(), CompileError> {
-        for suffix in ["weight", "bias"] {
-            self.add(
-                format!("{name}.{suffix}"),
-                Make::Concat,
-                &[format!("{source}.{suffix}")],
-                &[width as u64],
-            )?;
-        }
-        Ok(())
-    }
-
-    fn encoder(&mut self, config: &EncoderConfig) -> Result<(), CompileError> {
-        let width = config.hidden_dim;
-        for (name, rows) in [
-            ("word_embeddings", config.vocab_size),
-            ("position_embeddings", config.position_count),
-            ("token_type_embeddings", config.type_count),
-        ] {
-            let source = format!("embeddings.{name}.weight");
-            self.add(format!("embeddings.{name}"), Make::Concat, &[source], &[rows as u64, width as u64])?;
-        }
-        self.norm("embeddings.norm", "embeddings.LayerNorm", width)?;
-        for layer in 0..config.layer_count {
-            let from = format!("encoder.layer.{layer}");
-            let to = format!("layer.{layer}");
-            let qkv = ["query", "key", "value"].map(|part| format!("{from}.attention.self.{part}"));
-            self.linear(&format!("{to}.attention.qkv"), &qkv, width, width)?;
-            let dense = format!("{from}.attention.output.dense");
-            self.linear(&format!("{to}.attention.output"), &[dense], width, width)?;
-            self.norm(&format!("{to}.attention.norm"), &format!("{from}.attention.output.LayerNorm"), width)?;
-            let dense = format!("{from}.intermediate.dense");
-            self.linear(&format!("{to}.intermediate"), &[dense], config.intermediate_dim, width)?;
-            let dense = format!("{from}.output.dense");
-            self.linear(&format!("{to}.output"), &[dense], width, config.intermediate_dim)?;
-            self.norm(&format!("{to}.output.norm"), &format!("{from}.output.LayerNorm"), width)?;
-        }
-        Ok(())
-    }
-
-    fn check_extra(&self, family: Family) -> Result<(), CompileError> {
-        let mut used: Vec<&str> = self.used.iter().map(String::as_str).collect();
-        used.sort_unstable();
-        let extra: Vec<String> = self
-            .checkpoint
-            .tensors
-            .keys()
-            .filter(|name| used.binary_search(&name.as_str()).is_err())
-            .filter(|name| {
-                let bare = name.strip_prefix(self.prefix).unwrap_or(name);
-                !UNUSED.iter().any(|unused| bare.starts_with(unused) || name.starts_with(unused))
-            })
-            .map(|name| shorten(name))
-            .collect();
-        if extra.is_empty() {
-            return Ok(());
-        }
-        let model_type = family.name();
-        Err(CompileError::ExtraTensors {
-            model_type,
-            count: extra.len(),
-            names: extra[..extra.len().min(5)].join(", "),
-        })
-    }
-}
-
-/// The tensors of the image, in the order in which computing reads them; offsets are not set yet.
-pub(crate) fn tensors(
-    config: &EncoderConfig,
-    checkpoint: &Checkpoint,
-    precision: Precision,
-) -> Result<Vec<PlannedTensor>, CompileError> {
-    let has = |prefix: &&str| {
-        checkpoint.tensors.contains_key(&format!("{prefix}embeddings.word_embeddings.weight"))
-    };
-    let prefix = PREFIXES.into_iter().find(has).unwrap_or("");
-    let mut finder = Finder { checkpoint, prefix, precision, used: Vec::new(), planned: Vec::new() };
-    finder.encoder(config)?;
-    finder.check_extra(config.family)?;
-    Ok(finder.planned)
 }
 
 /// Lays the image out: places every table, section and tensor, and encodes all that comes before the tensors.

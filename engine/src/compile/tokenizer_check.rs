@@ -32,14 +32,15 @@ const MAX_PART_STRING_BYTES: usize = 64;
 const MAX_PART_NUMBER: f64 = 2_000_000.0;
 /// Most that replacements of a normalizer may lengthen a text, as a factor.
 const MAX_REPLACE_FACTOR: usize = 64;
-/// Regular expressions that end on every text; any other is refused.
+/// Regular expressions that end on every text, in time linear in it; any other is refused. The long ones are byte-level BPE's: of
+/// GPT-2, of Qwen2 and Qwen3, of Llama 3, each exactly as the published files have it. What they try again on a run of blanks
+/// without a line's end is taken as a whole by their next branch, so no text makes them quadratic.
 const KNOWN_REGEXES: [&str; 5] = [
     " {2,}",
     "\\s+",
-    // GPT-2, Llama 3, Qwen 2: every alternative takes a run of one class, and no run is looked at more than twice.
-    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+",
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ];
 
 /// Kinds of parts that are known to end in time and memory linear in the text.
@@ -188,7 +189,7 @@ fn walk(
         Value::String(string) if key == "type" && !KNOWN_PARTS.contains(&string.as_str()) => {
             Err(format!("kind {:?} is not supported", shorten(string)))
         }
-        Value::String(string) if key == "Regex" && !KNOWN_REGEXES.contains(&string.as_str()) => Err(format!(
+        Value::String(string) if key == "Regex" => Err(format!(
             "regular expression {:?} is not one that is known to end in bounded time; it is not run",
             shorten(string)
         )),

@@ -3,6 +3,7 @@
 use super::checkpoint::Checkpoint;
 use super::error::CompileError;
 use super::plan::{Make, Plan, PlannedTensor};
+use super::tables::rotary_angles;
 use super::{CompileProgress, ImageSink};
 use crate::blocks::{BlockKind, is_finite};
 use crate::packing::{PANEL_COLUMNS, Precision, pack_panel, weight_scale, weight_sum};
@@ -69,6 +70,10 @@ pub(crate) fn write(
             Make::Pack(precision) => pack(tensor, precision, checkpoint, &mut stream)?,
             Make::Scales => of_rows(tensor, checkpoint, &mut stream, weight_scale)?,
             Make::Sums => of_rows(tensor, checkpoint, &mut stream, weight_sum)?,
+            Make::Zeros => stream.pad_to(tensor.offset + tensor.len_bytes())?,
+            Make::RotaryCos { base_bits } => rotary(tensor, base_bits, &mut stream, f64::cos)?,
+            Make::RotarySin { base_bits } => rotary(tensor, base_bits, &mut stream, f64::sin)?,
+            Make::DistanceBias => distance_bias(tensor, checkpoint, &mut stream)?,
             Make::Copy => copy(tensor, checkpoint, &mut stream)?,
         }
     }
@@ -222,4 +227,43 @@ fn of_rows(
         let bytes: Vec<u8> = rows.chunks_exact(inputs).flat_map(|row| number(row).to_le_bytes()).collect();
         stream.write(&bytes)
     })
+}
+
+/// Writes a function of the angles of rotary positions, position by position.
+fn rotary(
+    tensor: &PlannedTensor,
+    base_bits: u64,
+    stream: &mut Stream<'_>,
+    function: impl Fn(f64) -> f64,
+) -> Result<(), CompileError> {
+    let (positions, half) = (tensor.shape[0] as usize, tensor.shape[1] as usize);
+    let mut written = Ok(());
+    rotary_angles(f64::from_bits(base_bits), positions, half, |angles| {
+        if written.is_ok() {
+            let values = angles.iter().flat_map(|angle| (function(f64::from(*angle)) as f32).to_le_bytes());
+            written = stream.write(&values.collect::<Vec<u8>>());
+        }
+    });
+    written
+}
+
+/// Writes a table of relative positions by distance; the source is a few kilobytes.
+fn distance_bias(
+    tensor: &PlannedTensor,
+    checkpoint: &Checkpoint,
+    stream: &mut Stream<'_>,
+) -> Result<(), CompileError> {
+    for (name, source) in &tensor.sources {
+        let (buckets, heads) = (source.shape[0] as usize, source.shape[1] as usize);
+        let mut raw = vec![0; buckets * heads * source_size(&source.dtype)];
+        checkpoint.files[source.file].read_at(&mut raw, source.offset)?;
+        let mut table = vec![0.0; buckets * heads];
+        convert(&source.dtype, &raw, name, |index, value| table[index] = value)?;
+        let positions = (tensor.shape[1] as usize).div_ceil(2);
+        for head in super::tables::distance_bias(&table, buckets, heads, positions).chunks(2 * positions - 1)
+        {
+            stream.write(&head.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+        }
+    }
+    Ok(())
 }

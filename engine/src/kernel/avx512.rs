@@ -4,6 +4,7 @@
 use super::finish::{Dequantize, Finish, Out};
 use super::gelu_table::{GELU_ERF, GELU_TANH, Gelu, LARGEST, Parabolas, Quartics, SEGMENTS_PER_UNIT};
 use super::product::PANEL_COLUMNS;
+use super::vector::silu;
 use crate::config::Activation;
 use std::arch::x86_64::*;
 
@@ -78,6 +79,7 @@ macro_rules! finish_tile {
                 let gelu = $gelu(&GELU_TANH);
                 (0..$tile.len()).for_each(|row| put(row, biased(row).map(&gelu)));
             }
+            Some(Activation::Silu) => (0..$tile.len()).for_each(|row| put(row, biased(row).map(|x| silu_by_exp(x)))),
         }
     }};
 }
@@ -146,6 +148,18 @@ fn gelu_by_quartics(table: &Quartics) -> impl Fn(__m512) -> __m512 + use<> {
         // Zero first: a NaN on the right is kept.
         _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), x), g)
     }
+}
+
+/// `x / (1 + e^-x)`, to f32.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn silu_by_exp(x: __m512) -> __m512 {
+    let mut values = [0.0f32; 16];
+    // SAFETY: 16 floats are written and read.
+    unsafe { _mm512_storeu_ps(values.as_mut_ptr(), x) };
+    values.iter_mut().for_each(|value| *value = silu::<true>(*value));
+    // SAFETY: as above.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
 }
 
 /// The same bits.

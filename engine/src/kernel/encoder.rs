@@ -11,6 +11,7 @@ mod weights;
 pub(crate) use scratch::release_all_scratch;
 pub(crate) use weights::{
     EmbeddingWeights, EncodeError, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights,
+    RotaryTables,
 };
 
 use super::scratch::Place;

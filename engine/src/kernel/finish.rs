@@ -3,8 +3,10 @@
 
 use super::cpu::{CpuPath, path};
 use super::product::{PANEL_COLUMNS, Target};
-use super::vector::{bf16, fma, gelu_erf, gelu_tanh, per_cpu_unsafe};
-use crate::config::Activation;
+use super::vector::{bf16, fma, gelu_erf, gelu_tanh, per_cpu_unsafe, silu};
+use crate::config::{Activation, GATED_BLOCK};
+
+const _: () = assert!(2 * GATED_BLOCK == PANEL_COLUMNS, "a panel of a gated layer holds both halves");
 
 /// How the integer sums of a tile become numbers: `scale * scales[c] * product + zero * sums[c]`.
 #[derive(Clone, Copy)]
@@ -75,6 +77,7 @@ unsafe fn exact_body<const FMA: bool>(tile: &mut [[f32; PANEL_COLUMNS]], finish:
         Some(Activation::GeluErf) => each(tile, &bias, gelu_erf::<FMA>),
         Some(Activation::GeluTanh) => each(tile, &bias, gelu_tanh::<FMA>),
         Some(Activation::Relu) => each(tile, &bias, |x| x.max(0.0)),
+        Some(Activation::Silu) => each(tile, &bias, silu::<FMA>),
     }
     for (row, values) in tile.iter().enumerate() {
         let values = &values[..columns];
@@ -92,6 +95,78 @@ unsafe fn exact_body<const FMA: bool>(tile: &mut [[f32; PANEL_COLUMNS]], finish:
             }
         }
     }
+}
+
+/// Finishes a tile of a gated layer: as [`exact_body`], then the first half of the columns is activated and multiplied with the
+/// second, and half as many columns go out.
+///
+/// # Safety
+/// As [`finish_gated`].
+#[inline(always)]
+unsafe fn gated_body<const FMA: bool>(tile: &mut [[f32; PANEL_COLUMNS]], finish: Finish<'_>) {
+    let Finish { dequantize, bias, activation, out } = finish;
+    let ([scales, sums], rows) = match dequantize {
+        Some(Dequantize { rows, scales, sums }) => ([scales, sums], rows),
+        None => ([bias, bias], [].as_slice()),
+    };
+    let (Some(bias), Some(scales), Some(sums)) =
+        (bias.first_chunk::<PANEL_COLUMNS>(), scales.first_chunk::<PANEL_COLUMNS>(), sums.first_chunk())
+    else {
+        return;
+    };
+    let sums: &[f32; PANEL_COLUMNS] = sums;
+    for (row, [scale, zero]) in tile.iter_mut().zip(rows) {
+        for ((value, weight), sum) in row.iter_mut().zip(scales).zip(sums) {
+            let product = value.to_bits() as i32 as f32;
+            *value = fma::<FMA>(product, scale * weight, zero * sum);
+        }
+    }
+    #[inline(always)]
+    fn gate(tile: &mut [[f32; PANEL_COLUMNS]], bias: &[f32; PANEL_COLUMNS], f: impl Fn(f32) -> f32) {
+        for row in tile {
+            for (value, bias) in row.iter_mut().zip(bias) {
+                *value += bias;
+            }
+            let (activated, other) = row.split_at_mut(GATED_BLOCK);
+            for (value, other) in activated.iter_mut().zip(other) {
+                *value = f(*value) * *other;
+            }
+        }
+    }
+    match activation {
+        None => gate(tile, bias, |x| x),
+        Some(Activation::GeluErf) => gate(tile, bias, gelu_erf::<FMA>),
+        Some(Activation::GeluTanh) => gate(tile, bias, gelu_tanh::<FMA>),
+        Some(Activation::Relu) => gate(tile, bias, |x| x.max(0.0)),
+        Some(Activation::Silu) => gate(tile, bias, silu::<FMA>),
+    }
+    for (row, values) in tile.iter().enumerate() {
+        let values = &values[..GATED_BLOCK];
+        // SAFETY: the caller's promise.
+        unsafe {
+            match out {
+                Out::Store(out) => out.row(row, GATED_BLOCK).copy_from_slice(values),
+                Out::Add(out) => {
+                    let out = out.row(row, GATED_BLOCK).iter_mut();
+                    out.zip(values).for_each(|(out, value)| *out += value);
+                }
+                Out::Narrow(out) => {
+                    let out = out.row(row, GATED_BLOCK).iter_mut();
+                    out.zip(values).for_each(|(out, value)| *out = bf16(*value));
+                }
+            }
+        }
+    }
+}
+
+per_cpu_unsafe! {
+    /// Finishes a tile of a gated layer, whose numbers are used up: the first [`GATED_BLOCK`] columns are activated and multiplied
+    /// with the others.
+    ///
+    /// # Safety
+    /// [`GATED_BLOCK`] columns of all the tile's rows must be inside `out` and nobody else's; there are [`PANEL_COLUMNS`] biases, or
+    /// nothing is done; `dequantize`, if any, has as many numbers for columns, and one entry for each row.
+    pub(super) unsafe fn finish_gated(tile: &mut [[f32; PANEL_COLUMNS]], finish: Finish<'_>) = gated_body
 }
 
 per_cpu_unsafe! {

@@ -16,6 +16,7 @@ mod encoder;
 mod finish;
 #[cfg(target_arch = "x86_64")]
 mod gelu_table;
+mod head;
 mod product;
 mod product_bf16;
 mod product_f32;
@@ -25,7 +26,7 @@ mod team;
 mod vector;
 mod weights;
 
-pub(crate) use attention::AttentionShape;
+pub(crate) use attention::{AttentionShape, Reach};
 pub(crate) use cpu::path_name;
 pub use cpu::{CPU_PATH_VARIABLE, has_native_bf16};
 pub(crate) use decoder::{
@@ -33,8 +34,9 @@ pub(crate) use decoder::{
     StackWeights, Step, StepRow, project, rms_norm_row, row_of, run_stack,
 };
 pub(crate) use encoder::{
-    Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, encode,
-    release_all_scratch,
+    Breaks, EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, RotaryTables,
+    encode, release_all_scratch,
 };
+pub(crate) use head::{HeadLayer, apply_head};
 pub(crate) use vector::{max_row, scale_row, sum_row, unit_row};
 pub(crate) use weights::WeightSlice;

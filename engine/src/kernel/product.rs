@@ -97,11 +97,18 @@ pub(super) struct Right {
     pub(super) precision: Precision,
     /// Elements that are summed, padding included: [`Precision::padded`].
     pub(super) inputs: usize,
+    /// Elements of a column in each panel: `inputs`, or more when only a part of each panel is multiplied.
+    pub(super) panel_inputs: usize,
 }
 
 impl Right {
+    /// Whole panels.
+    pub(super) fn whole(start: *const u8, precision: Precision, inputs: usize) -> Right {
+        Right { start, precision, inputs, panel_inputs: inputs }
+    }
+
     fn panel_bytes(self) -> usize {
-        self.inputs * PANEL_COLUMNS * self.precision.element_bytes()
+        self.panel_inputs * PANEL_COLUMNS * self.precision.element_bytes()
     }
 }
 

@@ -73,7 +73,7 @@ pub(super) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// e^x for x at most 0 up to about 88, to 2 units in the last place; 0 below -87.
+/// e^x for x from -87 up to about 88, to 2 units in the last place; 0 below -87.
 #[inline(always)]
 pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
@@ -116,6 +116,12 @@ pub(super) fn gelu_erf<const FMA: bool>(x: f32) -> f32 {
 pub(super) fn gelu_tanh<const FMA: bool>(x: f32) -> f32 {
     let y = 0.797_884_6 * x * fma::<FMA>(0.044_715 * x, x, 1.0);
     x / (1.0 + exp::<FMA>(-2.0 * y))
+}
+
+/// `x / (1 + e^-x)`.
+#[inline(always)]
+pub(super) fn silu<const FMA: bool>(x: f32) -> f32 {
+    x / (1.0 + exp::<FMA>(-x))
 }
 
 #[inline(always)]
@@ -244,17 +250,106 @@ fn norm_body<const FMA: bool>(row: &mut [f32], weight: &[f32], bias: &[f32], eps
 }
 
 #[inline(always)]
-fn embed_body<const FMA: bool>(
-    row: &mut [f32],
-    word: &[f32],
-    kind: &[f32],
-    position: &[f32],
-    norm: (&[f32], &[f32], f32),
-) {
-    for (((value, word), kind), position) in row.iter_mut().zip(word).zip(kind).zip(position) {
-        *value = (word + kind) + position;
+fn rms_norm_body<const FMA: bool>(row: &mut [f32], weight: &[f32], eps: f32) {
+    let scale = 1.0 / (sum_of(row, |x| x * x) / row.len() as f32 + eps).sqrt();
+    for (value, weight) in row.iter_mut().zip(weight) {
+        *value = *value * scale * weight;
     }
-    norm_body::<FMA>(row, norm.0, norm.1, norm.2);
+}
+
+#[inline(always)]
+fn embed_body<const FMA: bool>(row: &mut [f32], word: &[f32], kind: &[f32], position: &[f32]) {
+    match (kind.is_empty(), position.is_empty()) {
+        (false, false) => {
+            for (((value, word), kind), position) in row.iter_mut().zip(word).zip(kind).zip(position) {
+                *value = (word + kind) + position;
+            }
+        }
+        (true, true) => row.copy_from_slice(word),
+        (none, _) => {
+            let other = if none { position } else { kind };
+            for ((value, word), other) in row.iter_mut().zip(word).zip(other) {
+                *value = word + other;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add_scaled_body<const FMA: bool>(row: &mut [f32], scale: f32, bias: &[f32]) {
+    for (value, bias) in row.iter_mut().zip(bias) {
+        *value = fma::<FMA>(*value, scale, *bias);
+    }
+}
+
+/// A number of queries, keys and values as they lie between products.
+trait Number: Copy {
+    fn widen(self) -> f32;
+    fn narrow(value: f32) -> Self;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> f32 {
+        value
+    }
+}
+
+impl Number for u16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self) << 16)
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> u16 {
+        bf16(value)
+    }
+}
+
+/// Norm and rotation of one head: see [`turn_f32`].
+#[inline(always)]
+fn turn<T: Number>(row: &mut [T], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32]) {
+    let half = row.len() / 2;
+    if let Some((weight, eps)) = norm {
+        let mut squares = [0.0; LANES];
+        for (index, value) in row.iter().enumerate() {
+            let value = value.widen();
+            squares[index % LANES] += value * value;
+        }
+        let scale = 1.0 / (sum(squares) / row.len() as f32 + eps).sqrt();
+        let (low, high) = row.split_at_mut(half);
+        let (low_weight, high_weight) = weight.split_at(half);
+        for ((((low, high), (low_weight, high_weight)), cos), sin) in
+            low.iter_mut().zip(high).zip(low_weight.iter().zip(high_weight)).zip(cos).zip(sin)
+        {
+            let (a, b) = (low.widen() * scale * low_weight, high.widen() * scale * high_weight);
+            *low = T::narrow(a * cos - b * sin);
+            *high = T::narrow(b * cos + a * sin);
+        }
+        return;
+    }
+    let (low, high) = row.split_at_mut(half);
+    for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        let (a, b) = (low.widen(), high.widen());
+        *low = T::narrow(a * cos - b * sin);
+        *high = T::narrow(b * cos + a * sin);
+    }
+}
+
+#[inline(always)]
+fn turn_f32_body<const FMA: bool>(row: &mut [f32], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32]) {
+    turn(row, norm, cos, sin);
+}
+
+#[inline(always)]
+fn turn_bf16_body<const FMA: bool>(row: &mut [u16], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32]) {
+    turn(row, norm, cos, sin);
 }
 
 #[inline(always)]
@@ -349,8 +444,25 @@ per_cpu! {
     pub(super) fn norm_row(row: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) = norm_body
 }
 per_cpu! {
-    /// `row = norm(word + kind + position)`; `norm` is weight, bias and epsilon of the layer norm.
-    pub(crate) fn embed_row(row: &mut [f32], word: &[f32], kind: &[f32], position: &[f32], norm: (&[f32], &[f32], f32)) = embed_body
+    /// `row = row / √(mean of squares + eps) · weight`.
+    pub(super) fn rms_norm_row(row: &mut [f32], weight: &[f32], eps: f32) = rms_norm_body
+}
+per_cpu! {
+    /// `row = word + kind + position`; empty ones are left out.
+    pub(super) fn embed_row(row: &mut [f32], word: &[f32], kind: &[f32], position: &[f32]) = embed_body
+}
+per_cpu! {
+    /// `row = row * scale + bias`.
+    pub(super) fn add_scaled(row: &mut [f32], scale: f32, bias: &[f32]) = add_scaled_body
+}
+per_cpu! {
+    /// A head of queries or keys: divided by the root of its mean square and weighed, if there is a norm (weight and epsilon), then
+    /// turned by a position's angles, number `i` with number `i + head_dim / 2`.
+    pub(super) fn turn_f32(row: &mut [f32], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32]) = turn_f32_body
+}
+per_cpu! {
+    /// As [`turn_f32`], of bf16.
+    pub(super) fn turn_bf16(row: &mut [u16], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32]) = turn_bf16_body
 }
 per_cpu! {
     /// Softmax of `scale * row`, less a factor that is the result: the rows of the next product are fewer numbers to multiply.

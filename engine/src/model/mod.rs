@@ -2,20 +2,23 @@
 //!
 //! Texts of a batch are packed one behind the other, without padding, so mixed lengths cost nothing and need no sorting.
 
+mod describe;
 mod error;
 mod network;
 mod ops;
 mod tokenize;
 
+pub use describe::{ImageFacts, describe};
 pub use error::ModelError;
 pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 
-pub(crate) use tokenize::TextEncoder;
+pub(crate) use tokenize::{ImagePart, TextEncoder};
 
 use crate::config::EncoderConfig;
 use crate::kernel::{Breaks, Lookup, path_name, release_all_scratch};
 use crate::packing::Precision;
 use crate::threads::pool;
+use crate::unigram::Unigram;
 use network::{Network, Packed};
 use shm_layout::image::{
     CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES, Task,
@@ -27,6 +30,10 @@ use std::sync::{Arc, OnceLock};
 pub const MAX_BATCH_TOKENS: usize = 2048;
 /// Tokens from which on a batch is computed on all threads; below it waking them costs more than they save.
 const MIN_PARALLEL_TOKENS: usize = 8;
+/// Length of an image from which on any batch is computed on all threads.
+const MIN_PARALLEL_BYTES: u64 = 512 << 20;
+/// Tokens of the probe: each weight is used by any one, and more would only take longer at every load.
+const PROBE_TOKENS: usize = 8;
 /// Texts from which on tokenization is spread over all threads.
 const MIN_PARALLEL_TEXTS: usize = 8;
 /// How far the norm of a normalised vector may be from one.
@@ -41,11 +48,13 @@ pub struct ModelInfo {
     pub id: String,
     /// Model family.
     pub family: Family,
+    /// What the model is for: vectors of texts, or scores of texts and pairs of texts.
+    pub task: Task,
     /// Width of the hidden state.
     pub hidden_dim: usize,
     /// Number of encoder layers.
     pub layer_count: usize,
-    /// Length of an output vector.
+    /// Length of an output vector; number of labels of a classifier.
     pub output_dim: usize,
     /// Longest sequence in tokens, special tokens included; longer texts are cut.
     pub max_seq_tokens: usize,
@@ -127,18 +136,22 @@ impl Model {
                 .section(kind)
                 .ok_or_else(|| ModelError::Inconsistent { what: format!("section {name} is missing") })
         };
-        let config = EncoderConfig::from_json(section(SectionKind::Config, "config.json")?)?;
+        let mut config = EncoderConfig::from_json(section(SectionKind::Config, "config.json")?)?;
         section(SectionKind::Tokenizer, "tokenizer.json")?;
         let id = std::str::from_utf8(section(SectionKind::ModelId, "model id")?)
             .map_err(|_| inconsistent("the model id is not UTF-8"))?
             .to_owned();
         let header = checked.header().values();
+        if header.task == Task::Embed {
+            // The encoder of a classifier may be embedded with.
+            config.classifier = None;
+        }
         let agrees = config.family == header.family
             && config.hidden_dim == header.hidden_dim as usize
             && config.layer_count == header.layer_count as usize
             && config.vocab_size == header.vocab_size as usize
-            && header.task == Task::Embed
-            && header.output_dim == header.hidden_dim * header.pooling.count()
+            && header.task == config.task()
+            && (header.task == Task::Embed || !header.normalize)
             && header.max_seq_tokens as usize <= config.max_tokens();
         if !agrees {
             return Err(inconsistent("the header contradicts config.json"));
@@ -146,6 +159,7 @@ impl Model {
         let info = ModelInfo {
             id,
             family: header.family,
+            task: header.task,
             hidden_dim: config.hidden_dim,
             layer_count: config.layer_count,
             output_dim: header.output_dim as usize,
@@ -183,9 +197,30 @@ impl Model {
             let checked = CheckedImage::new(self.image.as_bytes())?;
             let missing = || ModelError::Inconsistent { what: "section tokenizer.json is missing".into() };
             let json = checked.section(SectionKind::Tokenizer).ok_or_else(missing)?;
+            // Tables that cannot be read are as good as none: the library reads the file that they were made from.
+            if let Some(tables) = self.place(checked.section(SectionKind::TokenizerTables))
+                && let Some(tables) = Unigram::open(Arc::clone(&self.image), tables)
+                && let Some(range) = self.place(Some(json))
+            {
+                let json = ImagePart { image: Arc::clone(&self.image), range };
+                return TextEncoder::over_tables(
+                    tables,
+                    json,
+                    self.network.config(),
+                    self.info.max_seq_tokens,
+                    self.info.task == Task::Classify,
+                );
+            }
             TextEncoder::new(json, self.network.config(), self.info.max_seq_tokens, self.lower_case)
         };
         self.text_encoder.get_or_init(build).as_ref().map_err(ModelError::clone)
+    }
+
+    /// Where a section lies in the image.
+    fn place(&self, section: Option<&[u8]>) -> Option<Range<usize>> {
+        let section = section?;
+        let start = (section.as_ptr() as usize).checked_sub(self.image.as_bytes().as_ptr() as usize)?;
+        Some(start..start.checked_add(section.len())?)
     }
 
     /// Tokenizes texts, each cut to the model's length. Texts may hold special tokens' names; they count as those tokens.
@@ -205,6 +240,28 @@ impl Model {
         })
     }
 
+    /// Tokenizes pairs of the query and each text, as the model's tokenizer puts two texts together. A pair that is too long is cut
+    /// as transformers does with `truncation=True` (`longest_first`): the longer of the two first, then both to about a half.
+    ///
+    /// # Errors
+    /// As [`Model::encode`], where text 0 is the query and text `n` is `texts[n - 1]`; [`ModelError::Tokenizer`] when the tokenizer
+    /// has no form for pairs.
+    pub fn encode_pairs(&self, query: &str, texts: &[&str]) -> Result<Vec<EncodedText>, ModelError> {
+        use rayon::prelude::*;
+        let encoder = self.text_encoder()?;
+        let first = encoder.tokens(0, query)?;
+        let pair = |(index, text): (usize, &&str)| {
+            encoder.tokens(index + 1, text).and_then(|second| encoder.pair(&first, &second))
+        };
+        pool().run(texts.len() >= MIN_PARALLEL_TEXTS, |threads| {
+            if threads > 1 {
+                texts.par_iter().enumerate().map(pair).collect()
+            } else {
+                texts.iter().enumerate().map(pair).collect()
+            }
+        })
+    }
+
     /// Byte ranges in `text` of all its tokens, in order, without special tokens and without cutting. For splitting documents
     /// by the model's own tokens. At most [`MAX_TEXT_BYTES`] ranges, as texts are bounded.
     ///
@@ -214,7 +271,8 @@ impl Model {
         self.text_encoder()?.spans(text)
     }
 
-    /// Computes the vectors of encoded texts, in their order. A vector is the same bit for bit in any batch.
+    /// Computes the vectors of encoded texts, in their order; of a classifier the logits of texts or pairs, a number for each label, to
+    /// which no activation was applied. A vector is the same bit for bit in any batch.
     ///
     /// # Errors
     /// [`ModelError`] when a text was encoded by another model, or a result is not a finite vector (of norm one, where the
@@ -262,7 +320,9 @@ impl Model {
     /// # Errors
     /// [`ModelError::Probe`] when the vector differs, or any other error of computing.
     pub fn probe(&self) -> Result<(), ModelError> {
-        let now = self.embed(&[PROBE_TEXT])?.values;
+        let mut text = self.encode(&[PROBE_TEXT])?;
+        text.iter_mut().for_each(|text| text.cut(PROBE_TOKENS));
+        let now = self.forward(&text.iter().collect::<Vec<_>>())?.values;
         let first = self.probe.get_or_init(|| now.clone());
         let same = first.iter().map(|value| value.to_bits()).eq(now.iter().map(|value| value.to_bits()));
         if same { Ok(()) } else { Err(ModelError::Probe) }
@@ -311,7 +371,8 @@ impl Model {
             }));
             packed.sequences.push(start..packed.tokens.len());
         }
-        let many = packed.tokens.len() >= MIN_PARALLEL_TOKENS;
+        // Of a large model all threads together read the weights faster, however few the tokens.
+        let many = packed.tokens.len() >= MIN_PARALLEL_TOKENS || self.info.image_bytes >= MIN_PARALLEL_BYTES;
         let pooling = (self.info.pooling, self.info.normalize);
         pool().run_alone(many, |threads| self.network.forward(&packed, threads, pooling, breaks))
     }

@@ -3,7 +3,7 @@
 //!
 //! Activations are candle tensors `[tokens, width]` (packed texts, no padding), whose floats the kernels get as slices.
 
-use crate::kernel::{Breaks, EncoderWeights, Lookup, encode, max_row, scale_row, sum_row, unit_row};
+use crate::kernel::{Breaks, EncoderWeights, Lookup, encode, max_row, scale_row, sum_row};
 use candle_core::{CpuStorage, Error, InplaceOp1, InplaceOp2, Layout, Result};
 use shm_layout::image::Pooling;
 use std::ops::Range;
@@ -55,11 +55,10 @@ impl InplaceOp1 for Encode<'_> {
     }
 }
 
-/// `out[s] = pooled tokens of sequence s`, modes side by side, normalised if wanted.
+/// `out[s] = pooled tokens of sequence s`, modes side by side.
 pub(crate) struct Pool<'a> {
     pub(crate) sequences: &'a [Range<usize>],
     pub(crate) modes: Pooling,
-    pub(crate) normalize: bool,
     pub(crate) width: usize,
 }
 
@@ -92,6 +91,7 @@ impl InplaceOp2 for Pool<'_> {
                 let count = sequence.len() as f32;
                 match mode {
                     Pooling::CLS => {}
+                    Pooling::LAST => out.copy_from_slice(&rows[rows.len() - width..]),
                     Pooling::MAX => others.for_each(|row| max_row(out, row)),
                     Pooling::MEAN => {
                         others.for_each(|row| sum_row(out, row));
@@ -102,9 +102,6 @@ impl InplaceOp2 for Pool<'_> {
                         scale_row(out, 1.0 / count.sqrt());
                     }
                 }
-            }
-            if self.normalize {
-                unit_row(out);
             }
         }
         Ok(())

@@ -3,9 +3,13 @@
 
 use super::ModelError;
 use crate::config::EncoderConfig;
-use crate::wordpiece::{Fringe, WordPiece};
+use crate::unigram::Unigram;
+use crate::wordpiece::file::pair_fringes_of;
+use crate::wordpiece::{Fringe, PairFringes, WordPiece};
+use shm_layout::image::ImageBytes;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
 use tokenizers::{NormalizerWrapper, Tokenizer};
 
 /// Longest text that is tokenized, bytes. Bounds the memory of one text's tokens to some 100 MB.
@@ -32,6 +36,12 @@ impl EncodedText {
         &self.type_ids
     }
 
+    /// Drops all tokens behind the first `tokens`.
+    pub(crate) fn cut(&mut self, tokens: usize) {
+        self.ids.truncate(tokens);
+        self.type_ids.truncate(tokens);
+    }
+
     /// Tokens of the whole text with special tokens, before it was cut.
     pub fn total_tokens(&self) -> usize {
         self.total_tokens
@@ -43,11 +53,28 @@ impl EncodedText {
     }
 }
 
+/// A range of an image.
+pub(crate) struct ImagePart {
+    /// The image.
+    pub(crate) image: Arc<dyn ImageBytes>,
+    /// The range in it.
+    pub(crate) range: Range<usize>,
+}
+
+impl ImagePart {
+    fn bytes(&self) -> &[u8] {
+        self.image.as_bytes().get(self.range.clone()).unwrap_or_default()
+    }
+}
+
 /// What does the work.
 enum Tokens {
     /// Tables, which hold the special tokens around a text too. The crate's tokenizer is never built: it takes some ten
     /// milliseconds and megabytes.
     Tables(Box<WordPiece>),
+    /// Tables in the image, for Unigram. They know no places of tokens: who asks for those gets the crate's tokenizer, built
+    /// then (about a second and some 200 MB for 250 000 pieces).
+    Unigram { tables: Box<Unigram>, json: ImagePart, library: OnceLock<Result<Box<Tokenizer>, ModelError>> },
     /// The tokenizers crate, for every tokenizer that the tables do not cover.
     Library(Box<Tokenizer>),
 }
@@ -58,6 +85,8 @@ pub(crate) struct TextEncoder {
     before: Fringe,
     after: Fringe,
     text_type_id: u32,
+    /// How two texts are put together, if the tokenizer can.
+    pair: Option<PairFringes>,
     vocab_size: usize,
     max_seq_tokens: usize,
 }
@@ -70,11 +99,12 @@ impl TextEncoder {
         max_seq_tokens: usize,
         lower_case: bool,
     ) -> Result<Self, ModelError> {
-        let encoder = match WordPiece::from_json(json, lower_case) {
+        let mut encoder = match WordPiece::from_json(json, lower_case) {
             Some(tables) => TextEncoder {
                 before: tables.before().clone(),
                 after: tables.after().clone(),
                 text_type_id: tables.text_type_id(),
+                pair: tables.pair().cloned(),
                 tokens: Tokens::Tables(Box::new(tables)),
                 vocab_size: config.vocab_size,
                 max_seq_tokens,
@@ -82,13 +112,56 @@ impl TextEncoder {
             None => {
                 let library = library(json, lower_case)?;
                 let (before, text_type_id, after) = surroundings(&library)?;
+                let pair = pair_surroundings(&library)?;
                 let tokens = Tokens::Library(Box::new(library));
                 let vocab_size = config.vocab_size;
-                TextEncoder { tokens, before, after, text_type_id, vocab_size, max_seq_tokens }
+                TextEncoder { tokens, before, after, text_type_id, pair, vocab_size, max_seq_tokens }
             }
         };
+        if config.type_count <= 1 {
+            encoder.drop_type_ids();
+        }
         encoder.check_special_tokens(config)?;
         Ok(encoder)
+    }
+
+    /// Takes up the tables that the image has beside its tokenizer.json.
+    pub(crate) fn over_tables(
+        tables: Unigram,
+        json: ImagePart,
+        config: &EncoderConfig,
+        max_seq_tokens: usize,
+        takes_pairs: bool,
+    ) -> Result<Self, ModelError> {
+        // The tables do not hold it; to find it the whole file is read.
+        let pair = if takes_pairs { pair_fringes_of(json.bytes()) } else { None };
+        let mut encoder = TextEncoder {
+            before: tables.before().clone(),
+            after: tables.after().clone(),
+            text_type_id: tables.text_type_id(),
+            pair,
+            tokens: Tokens::Unigram { tables: Box::new(tables), json, library: OnceLock::new() },
+            vocab_size: config.vocab_size,
+            max_seq_tokens,
+        };
+        if config.type_count <= 1 {
+            encoder.drop_type_ids();
+        }
+        encoder.check_special_tokens(config)?;
+        Ok(encoder)
+    }
+
+    /// A model that knows one type of tokens, or none, gives every token the first, as transformers does.
+    fn drop_type_ids(&mut self) {
+        self.text_type_id = 0;
+        self.before.1.fill(0);
+        self.after.1.fill(0);
+        if let Some(pair) = &mut self.pair {
+            pair.type_ids = [0; 2];
+            [&mut pair.before, &mut pair.between, &mut pair.after]
+                .into_iter()
+                .for_each(|fringe| fringe.1.fill(0));
+        }
     }
 
     /// Special tokens must leave room for a text, and be tokens and types that the model has.
@@ -101,12 +174,16 @@ impl TextEncoder {
                 self.max_seq_tokens
             )));
         }
-        let mut ids = self.before.0.iter().chain(&self.after.0);
+        let pair = self.pair.iter().flat_map(PairFringes::special);
+        let mut ids = self.before.0.iter().chain(&self.after.0).chain(pair.flat_map(|fringe| &fringe.0));
         if let Some(id) = ids.find(|id| **id as usize >= config.vocab_size) {
             return Err(fail(format!("special token id {id} is not below vocab_size {}", config.vocab_size)));
         }
-        let mut kinds = self.before.1.iter().chain(&self.after.1).chain([&self.text_type_id]);
-        if let Some(kind) = kinds.find(|kind| **kind as usize >= config.type_count) {
+        let pair = self.pair.iter().flat_map(PairFringes::special).flat_map(|fringe| &fringe.1);
+        let texts = self.pair.iter().flat_map(|pair| &pair.type_ids);
+        let mut kinds =
+            self.before.1.iter().chain(&self.after.1).chain([&self.text_type_id]).chain(pair).chain(texts);
+        if let Some(kind) = kinds.find(|kind| **kind as usize >= config.type_count.max(1)) {
             return Err(fail(format!(
                 "token type id {kind} is not below type_vocab_size {}",
                 config.type_count
@@ -127,6 +204,7 @@ impl TextEncoder {
         ids.extend_from_slice(&self.before.0);
         match &self.tokens {
             Tokens::Tables(tables) => tables.encode_into(text, &mut ids),
+            Tokens::Unigram { tables, .. } => tables.encode_into(text, &mut ids),
             Tokens::Library(library) => {
                 ids.extend_from_slice(contained(|| library.encode_fast(text, false))?.get_ids());
             }
@@ -150,15 +228,71 @@ impl TextEncoder {
         Ok(EncodedText { ids, type_ids, total_tokens })
     }
 
+    /// Token ids of the text with this index in its call, without special tokens and without cutting.
+    pub(crate) fn tokens(&self, index: usize, text: &str) -> Result<Vec<u32>, ModelError> {
+        check_text(index, text)?;
+        let ids = match &self.tokens {
+            Tokens::Tables(tables) => {
+                let mut ids = Vec::with_capacity(text.len() / BYTES_PER_TOKEN);
+                tables.encode_into(text, &mut ids);
+                ids
+            }
+            Tokens::Unigram { tables, .. } => {
+                let mut ids = Vec::with_capacity(text.len() / BYTES_PER_TOKEN);
+                tables.encode_into(text, &mut ids);
+                ids
+            }
+            Tokens::Library(library) => contained(|| library.encode_fast(text, false))?.get_ids().to_vec(),
+        };
+        let vocab_size = self.vocab_size;
+        match ids.iter().find(|id| **id as usize >= vocab_size) {
+            Some(id) => Err(ModelError::TokenId { index, id: *id, vocab_size }),
+            None => Ok(ids),
+        }
+    }
+
+    /// Two texts as one, of their tokens; cut to the model's length.
+    pub(crate) fn pair(&self, first: &[u32], second: &[u32]) -> Result<EncodedText, ModelError> {
+        let fail = |reason: &str| ModelError::Tokenizer { reason: reason.to_owned() };
+        let pair = self.pair.as_ref().ok_or_else(|| fail("it has no form for pairs of texts"))?;
+        let special: usize = pair.special().iter().map(|fringe| fringe.0.len()).sum();
+        let room = self
+            .max_seq_tokens
+            .checked_sub(special)
+            .filter(|room| *room > 0)
+            .ok_or_else(|| fail("special tokens leave no room for pairs of texts"))?;
+        let total_tokens = special + first.len() + second.len();
+        let [first_len, second_len] = cut_pair(first.len(), second.len(), room);
+        let (mut ids, mut type_ids) = (Vec::new(), Vec::new());
+        let [first_type, second_type] = pair.type_ids;
+        for (fringe, text, kind) in [
+            (&pair.before, &first[..first_len], first_type),
+            (&pair.between, &second[..second_len], second_type),
+        ] {
+            ids.extend_from_slice(&fringe.0);
+            type_ids.extend_from_slice(&fringe.1);
+            ids.extend_from_slice(text);
+            type_ids.resize(ids.len(), kind);
+        }
+        ids.extend_from_slice(&pair.after.0);
+        type_ids.extend_from_slice(&pair.after.1);
+        Ok(EncodedText { ids, type_ids, total_tokens })
+    }
+
     /// Byte ranges of all tokens of a text, in order, without special tokens and without cutting.
     pub(crate) fn spans(&self, text: &str) -> Result<Vec<Range<usize>>, ModelError> {
         check_text(0, text)?;
-        let spans = match &self.tokens {
+        let of_library = |library: &Tokenizer| {
+            let encoding = contained(|| library.encode(text, false))?;
+            Ok::<_, ModelError>(encoding.get_offsets().iter().map(|(start, end)| *start..*end).collect())
+        };
+        let spans: Vec<Range<usize>> = match &self.tokens {
             Tokens::Tables(tables) => tables.spans(text),
-            Tokens::Library(library) => {
-                let encoding = contained(|| library.encode(text, false))?;
-                encoding.get_offsets().iter().map(|(start, end)| *start..*end).collect()
+            Tokens::Unigram { json, library: built, .. } => {
+                let build = || library(json.bytes(), false).map(Box::new);
+                of_library(built.get_or_init(build).as_ref().map_err(ModelError::clone)?)?
             }
+            Tokens::Library(library) => of_library(library)?,
         };
         if spans.iter().any(|span| span.start > span.end || text.get(span.clone()).is_none()) {
             return Err(ModelError::Tokenizer {
@@ -198,6 +332,46 @@ fn surroundings(library: &Tokenizer) -> Result<(Fringe, u32, Fringe), ModelError
     Ok((before, kinds[first], (ids[last..].to_vec(), kinds[last..].to_vec())))
 }
 
+/// As [`surroundings`], of two texts; `None` when the tokenizer does not take two.
+fn pair_surroundings(library: &Tokenizer) -> Result<Option<PairFringes>, ModelError> {
+    const SAMPLE: &str = "a";
+    let bare = contained(|| library.encode_fast(SAMPLE, false))?;
+    let Ok(full) = contained(|| library.encode_fast((SAMPLE, SAMPLE), true)) else { return Ok(None) };
+    let (ids, kinds, special) = (full.get_ids(), full.get_type_ids(), full.get_special_tokens_mask());
+    let len = bare.len();
+    let first = special.iter().take_while(|flag| **flag == 1).count();
+    let behind = special.get(first + len..).unwrap_or_default();
+    let second = first + len + behind.iter().take_while(|flag| **flag == 1).count();
+    let as_expected = len > 0
+        && ids.get(first..first + len) == Some(bare.get_ids())
+        && ids.get(second..second + len) == Some(bare.get_ids())
+        && special[second + len..].iter().all(|flag| *flag == 1);
+    if !as_expected {
+        return Ok(None);
+    }
+    let fringe = |range: Range<usize>| (ids[range.clone()].to_vec(), kinds[range].to_vec());
+    Ok(Some(PairFringes {
+        before: fringe(0..first),
+        between: fringe(first + len..second),
+        after: fringe(second + len..ids.len()),
+        type_ids: [kinds[first], kinds[second]],
+    }))
+}
+
+/// Lengths to which two texts are cut so that both have room: transformers' `longest_first`, as the tokenizers crate does it. If
+/// the shorter one is less than half of the room it stays whole, else each gets a half, and the longer one what is odd.
+fn cut_pair(first: usize, second: usize, room: usize) -> [usize; 2] {
+    if first + second <= room {
+        return [first, second];
+    }
+    let shorter = first.min(second);
+    let (short, long) = match room.checked_sub(shorter) {
+        Some(rest) if rest >= shorter => (shorter, rest),
+        _ => (room / 2, room / 2 + room % 2),
+    };
+    if first > second { [long, short] } else { [short, long] }
+}
+
 fn check_text(index: usize, text: &str) -> Result<(), ModelError> {
     match text.len() {
         len_bytes if len_bytes > MAX_TEXT_BYTES => {
@@ -235,4 +409,36 @@ fn lower_case_first(tokenizer: &mut Tokenizer) -> Result<(), ModelError> {
     };
     let both: NormalizerWrapper = serde_json::from_value(both).map_err(fail)?;
     contained(|| tokenizer.with_normalizer(Some(both)).map(|_| ()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `truncate_encodings` of the tokenizers crate.
+    fn of_the_crate(first: usize, second: usize, room: usize) -> [usize; 2] {
+        use tokenizers::utils::truncation::{TruncationParams, truncate_encodings};
+        let encoding = |len: usize| {
+            let mut encoding = tokenizers::Encoding::default();
+            for _ in 0..len {
+                let token = tokenizers::Token { id: 0, value: String::new(), offsets: (0, 0) };
+                let tokens = tokenizers::Encoding::from_tokens(vec![token], 0);
+                encoding.merge_with(tokens, false);
+            }
+            encoding
+        };
+        let params = TruncationParams { max_length: room, ..TruncationParams::default() };
+        let (first, second) = truncate_encodings(encoding(first), Some(encoding(second)), &params).unwrap();
+        [first.len(), second.unwrap().len()]
+    }
+
+    #[test]
+    fn pairs_are_cut_as_the_crate_cuts_them() {
+        for room in 1..12 {
+            for (first, second) in (0..15).flat_map(|first| (0..15).map(move |second| (first, second))) {
+                let wanted = of_the_crate(first, second, room);
+                assert_eq!(cut_pair(first, second, room), wanted, "{first} and {second} in {room}");
+            }
+        }
+    }
 }

@@ -2,25 +2,26 @@
 //! the caller's matter.
 
 use daachorse::{DoubleArrayAhoCorasick, DoubleArrayAhoCorasickBuilder, MatchKind};
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// An added token.
-#[derive(Debug, Clone)]
-pub(super) struct AddedToken {
-    pub(super) content: String,
-    pub(super) id: u32,
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct AddedToken {
+    pub(crate) content: String,
+    pub(crate) id: u32,
     /// Matches only where no word character stands beside it.
-    pub(super) single_word: bool,
+    pub(crate) single_word: bool,
     /// Takes the blanks before it.
-    pub(super) left_strip: bool,
+    pub(crate) left_strip: bool,
     /// Takes the blanks behind it.
-    pub(super) right_strip: bool,
+    pub(crate) right_strip: bool,
     /// Is matched in the normalised text.
-    pub(super) normalized: bool,
+    pub(crate) normalized: bool,
 }
 
 /// A set of added tokens, of which the longest at the leftmost place is matched first.
-pub(super) struct AddedTokens {
+pub(crate) struct AddedTokens {
     tokens: Vec<AddedToken>,
     /// Finds them, with their places in `tokens`; `None` where there are none. The crate has the same.
     finder: Option<DoubleArrayAhoCorasick<u32>>,
@@ -30,7 +31,7 @@ pub(super) struct AddedTokens {
 
 impl AddedTokens {
     /// `None` when a token is empty, begins or ends with a blank, or is there twice.
-    pub(super) fn new(tokens: Vec<AddedToken>) -> Option<AddedTokens> {
+    pub(crate) fn new(tokens: Vec<AddedToken>) -> Option<AddedTokens> {
         if tokens.iter().any(|token| token.content.is_empty() || token.content.trim() != token.content) {
             return None;
         }
@@ -58,7 +59,7 @@ impl AddedTokens {
     }
 
     /// Calls `part` with each added token and each piece between them, in order; the pieces are not empty.
-    pub(super) fn split(&self, text: &str, mut part: impl FnMut(Range<usize>, Option<u32>)) {
+    pub(crate) fn split(&self, text: &str, mut part: impl FnMut(Range<usize>, Option<u32>)) {
         let mut done = 0;
         if let Some(finder) = &self.finder
             && let Some(first) = self.first_candidate(text.as_bytes())

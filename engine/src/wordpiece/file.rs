@@ -1,10 +1,10 @@
 //! A tokenizer.json to the parts of a [`super::WordPiece`], or the answer that it is not covered. No normalisation and no
 //! matching here.
 
-use super::Fringe;
 use super::added::AddedToken;
 use super::chars::Rules;
 use super::vocab::Vocab;
+use super::{Fringe, PairFringes};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::borrow::Cow;
@@ -22,6 +22,7 @@ pub(super) struct Parts {
     pub(super) before: Fringe,
     pub(super) after: Fringe,
     pub(super) text_type_id: u32,
+    pub(super) pair: Option<PairFringes>,
 }
 
 /// Reads a tokenizer.json; see [`super::WordPiece::from_json`].
@@ -38,22 +39,39 @@ pub(super) fn read(json: &[u8], lower_case: bool) -> Option<Parts> {
         &model.unk_token,
         model.max_input_chars_per_word,
     )?;
-    let added_tokens = numbered(file.added_tokens, &vocab, model.vocab.0.len())?;
-    let (before, text_type_id, after) = match file.post_processor {
-        None => Default::default(),
-        Some(processor) => processor.fringes()?,
+    let added_tokens = numbered(file.added_tokens, |token| vocab.get(token), model.vocab.0.len())?;
+    let ((before, text_type_id, after), pair) = match file.post_processor {
+        None => (Default::default(), Some(PairFringes { type_ids: [0, 1], ..PairFringes::default() })),
+        Some(processor) => {
+            let pair = processor.pair_fringes();
+            (processor.fringes()?, pair)
+        }
     };
     let rules = file.normalizer.rules(lower_case)?;
-    Some(Parts { rules, vocab, added_tokens, before, after, text_type_id })
+    Some(Parts { rules, vocab, added_tokens, before, after, text_type_id, pair })
+}
+
+/// What a tokenizer.json puts around two texts; `None` if it does not take two, or in a form that is not known.
+pub(crate) fn pair_fringes_of(json: &[u8]) -> Option<PairFringes> {
+    #[derive(Deserialize)]
+    struct Only {
+        post_processor: Option<PostProcessor>,
+    }
+    let file: Only = serde_json::from_slice(json).ok()?;
+    file.post_processor?.pair_fringes()
 }
 
 /// Gives added tokens their ids as the crate does: the vocabulary's, else the next after its last. The file's are ignored.
-fn numbered(tokens: Vec<Added>, vocab: &Vocab, vocab_len: usize) -> Option<Vec<AddedToken>> {
+pub(crate) fn numbered(
+    tokens: Vec<Added>,
+    id_of: impl Fn(&str) -> Option<u32>,
+    vocab_len: usize,
+) -> Option<Vec<AddedToken>> {
     let mut next = u32::try_from(vocab_len).ok()?;
     let (mut contents, mut ids) = (HashSet::new(), HashSet::new());
     let mut numbered = Vec::with_capacity(tokens.len());
     for token in tokens {
-        let id = match vocab.get(&token.content) {
+        let id = match id_of(&token.content) {
             Some(id) => id,
             None => {
                 next = next.checked_add(1)?;
@@ -96,13 +114,14 @@ struct File<'a> {
     model: Model<'a>,
 }
 
-fn version() -> String {
+/// The version of a file that names none.
+pub(crate) fn version() -> String {
     VERSION.to_owned()
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Added {
+pub(crate) struct Added {
     #[serde(rename = "id")]
     _id: u32,
     content: String,
@@ -176,33 +195,61 @@ enum PreTokenizer {
 
 #[derive(Deserialize)]
 #[serde(tag = "type", deny_unknown_fields)]
-enum PostProcessor {
+pub(crate) enum PostProcessor {
     #[serde(rename = "BertProcessing")]
     Bert { sep: (String, u32), cls: (String, u32) },
     #[serde(rename = "TemplateProcessing")]
-    Template {
-        single: Vec<Piece>,
-        #[serde(rename = "pair")]
-        _pair: IgnoredAny,
-        special_tokens: HashMap<String, Special>,
-    },
+    Template { single: Vec<Piece>, pair: Vec<Piece>, special_tokens: HashMap<String, Special> },
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-enum Piece {
+pub(crate) enum Piece {
     Sequence { id: String, type_id: u32 },
     SpecialToken { id: String, type_id: u32 },
 }
 
 #[derive(Deserialize)]
-struct Special {
+pub(crate) struct Special {
     ids: Vec<u32>,
 }
 
 impl PostProcessor {
+    /// The same around two texts; `None` if the template does not say each once, the first before the second.
+    fn pair_fringes(&self) -> Option<PairFringes> {
+        let (pair, special_tokens) = match self {
+            PostProcessor::Bert { sep, cls } => {
+                return Some(PairFringes {
+                    before: (vec![cls.1], vec![0]),
+                    between: (vec![sep.1], vec![0]),
+                    after: (vec![sep.1], vec![1]),
+                    type_ids: [0, 1],
+                });
+            }
+            PostProcessor::Template { pair, special_tokens, .. } => (pair, special_tokens),
+        };
+        let mut fringes: [Fringe; 3] = Default::default();
+        let mut type_ids = Vec::new();
+        for piece in pair {
+            match piece {
+                Piece::Sequence { id, type_id } if *id == ["A", "B"].get(type_ids.len())? as &str => {
+                    type_ids.push(*type_id);
+                }
+                Piece::Sequence { .. } => return None,
+                Piece::SpecialToken { id, type_id } => {
+                    let ids = &special_tokens.get(id)?.ids;
+                    let side = fringes.get_mut(type_ids.len())?;
+                    side.0.extend(ids);
+                    side.1.extend(ids.iter().map(|_| type_id));
+                }
+            }
+        }
+        let [before, between, after] = fringes;
+        Some(PairFringes { before, between, after, type_ids: type_ids.try_into().ok()? })
+    }
+
     /// Special tokens before the text, the text's type id, and special tokens behind it; `None` if that is not all.
-    fn fringes(self) -> Option<(Fringe, u32, Fringe)> {
+    pub(crate) fn fringes(self) -> Option<(Fringe, u32, Fringe)> {
         match self {
             PostProcessor::Bert { sep, cls } => Some(((vec![cls.1], vec![0]), 0, (vec![sep.1], vec![0]))),
             PostProcessor::Template { single, special_tokens, .. } => {

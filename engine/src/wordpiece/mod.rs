@@ -7,9 +7,9 @@
 //! between them is normalised (`normalize`, `chars`), cut into words at blanks and punctuation, and each word is cut
 //! into the longest vocabulary entries from left to right (`split`, `vocab`).
 
-mod added;
+pub(crate) mod added;
 mod chars;
-mod file;
+pub(crate) mod file;
 mod normalize;
 mod split;
 mod vocab;
@@ -24,6 +24,26 @@ use vocab::Vocab;
 /// Special tokens on one side of a text: ids, and one type id for each.
 pub type Fringe = (Vec<u32>, Vec<u32>);
 
+/// Special tokens around two texts that are put together.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PairFringes {
+    /// Before the first text.
+    pub before: Fringe,
+    /// Between both.
+    pub between: Fringe,
+    /// Behind the second.
+    pub after: Fringe,
+    /// Token type ids of the texts' own tokens.
+    pub type_ids: [u32; 2],
+}
+
+impl PairFringes {
+    /// All special tokens.
+    pub fn special(&self) -> [&Fringe; 3] {
+        [&self.before, &self.between, &self.after]
+    }
+}
+
 /// A tokenizer over tables. Shared by any number of threads.
 pub struct WordPiece {
     chars: CharTable,
@@ -35,6 +55,7 @@ pub struct WordPiece {
     before: Fringe,
     after: Fringe,
     text_type_id: u32,
+    pair: Option<PairFringes>,
 }
 
 impl std::fmt::Debug for WordPiece {
@@ -67,6 +88,7 @@ impl WordPiece {
             before: parts.before,
             after: parts.after,
             text_type_id: parts.text_type_id,
+            pair: parts.pair,
         })
     }
 
@@ -83,6 +105,11 @@ impl WordPiece {
     /// Token type id of the text's own tokens.
     pub fn text_type_id(&self) -> u32 {
         self.text_type_id
+    }
+
+    /// Special tokens around two texts, if the file says how two are put together.
+    pub fn pair(&self) -> Option<&PairFringes> {
+        self.pair.as_ref()
     }
 
     /// Appends the token ids of `text`, without special tokens around it and without cutting.

@@ -11,8 +11,29 @@ use std::sync::Arc;
 pub(crate) type Tensor = (String, safetensors::Dtype, Vec<usize>, Vec<u8>);
 
 /// The stored checkpoints; `tests/parity/make_tiny.py` made them.
-pub(crate) const CHECKPOINTS: [&str; 4] =
-    ["bert_mean", "bert_cls_sharded_f16", "bert_max_sqrt_bf16", "xlm_roberta"];
+pub(crate) const CHECKPOINTS: [&str; 10] = [
+    "bert_mean",
+    "bert_cls_sharded_f16",
+    "bert_max_sqrt_bf16",
+    "xlm_roberta",
+    "bert_dense",
+    "distilbert",
+    "mpnet",
+    "modernbert",
+    "nomic_bert",
+    "qwen3",
+];
+
+/// Stored classifiers.
+pub(crate) const CLASSIFIERS: [&str; 7] = [
+    "bert_reranker",
+    "roberta_classifier",
+    "xlm_roberta_reranker",
+    "distilbert_classifier",
+    "mpnet_classifier",
+    "modernbert_reranker",
+    "qwen3_classifier",
+];
 
 /// Folder of a stored checkpoint.
 pub(crate) fn stored(name: &str) -> PathBuf {
@@ -72,7 +93,12 @@ pub(crate) fn texts(name: &str) -> Vec<String> {
 
 /// The vectors of sentence-transformers for those texts, one behind the other.
 pub(crate) fn expected(name: &str) -> Vec<f32> {
-    let bytes = std::fs::read(stored(name).join("expected.f32")).expect("vectors");
+    floats(name, "expected.f32")
+}
+
+/// Little-endian floats beside a stored checkpoint.
+pub(crate) fn floats(name: &str, file: &str) -> Vec<f32> {
+    let bytes = std::fs::read(stored(name).join(file)).expect("floats");
     bytes.as_chunks::<4>().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect()
 }
 

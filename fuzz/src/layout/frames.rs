@@ -2,14 +2,18 @@
 
 use super::reader::Reader;
 use shm_layout::code::Code;
+use shm_layout::image::Task;
 use shm_layout::limits::MAX_FRAME_BODY_BYTES;
 use shm_layout::wire::{
-    Acquire, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
-    CacheTotals, ClientMessage, Decode, Encode, EngineReport, EngineTotals, FrameBuffer, FromEngine,
-    FromLoader, HEAD_BYTES, Hello, JobFrame, LaneDescription, Leased, LoadProgress, ModelDescription,
-    ModelReport, ModelState, Operation, Priority, Refusal, SessionReport, StatusReport, ToEngine, Welcome,
-    decode_body, encode_frame,
+    Acquire, Alert, AnswerFrame, BackingKind, BrokerMessage, CacheDescription, CacheInsertKey, CacheReport,
+    CacheTotals, ClientMessage, CodeCount, Decode, DurationCounts, Encode, EngineMetrics, EngineReport,
+    EngineTotals, FrameBuffer, FromEngine, FromLoader, GenerationReport, HEAD_BYTES, Hello, JobFrame,
+    LaneDescription, LastError, Leased, LoadProgress, Metrics, ModelCommand, ModelDescription, ModelDetail,
+    ModelOutcome, ModelReport, ModelState, Operation, Priority, ProcessReferences, Provide, ProvidedReport,
+    ProvidedTotals, ProviderChildReport, ProviderJob, ProviderReport, Refusal, SessionReport, StatusReport,
+    Superseded, ToEngine, UnloadMode, Welcome, decode_body, encode_frame,
 };
+use shm_layout::wire::{NamedPrompt, TaskFacts};
 
 /// First byte even: the rest is one body. Odd: the rest is a stream, fed in pieces whose sizes the first bytes choose.
 pub fn run(data: &[u8]) {
@@ -59,6 +63,15 @@ fn round_trip<T: Encode + Decode<()>>(body: &[u8]) {
     }
 }
 
+fn facts() -> TaskFacts {
+    TaskFacts {
+        labels: vec!["yes".into(), "no".into()],
+        prompts: vec![NamedPrompt { name: "query".into(), text: "query: ".into() }],
+        default_prompt: Some("query".into()),
+        ..TaskFacts::of(Task::Embed)
+    }
+}
+
 fn description() -> ModelDescription {
     ModelDescription {
         model_id: "all-MiniLM-L6-v2".into(),
@@ -69,6 +82,7 @@ fn description() -> ModelDescription {
         fingerprint: 0x0123_4567_89ab_cdef,
         content_hash: [9; 32],
         backing: BackingKind::SealedMemfd,
+        facts: facts(),
     }
 }
 
@@ -120,6 +134,7 @@ fn status() -> StatusReport {
                 region_bytes: 3,
                 totals: CacheTotals::default(),
             }),
+            detail: detail(),
         }],
         engines: vec![EngineReport {
             pid: 30,
@@ -140,6 +155,84 @@ fn status() -> StatusReport {
         }],
         faults: 0,
         open_descriptors: 9,
+        provided: vec![ProvidedReport {
+            model_id: "custom/x".into(),
+            generation: 1 << 63,
+            kind: "k".into(),
+            description: "d".into(),
+            input_kind: "i".into(),
+            output_kind: "o".into(),
+            operations: vec![Operation::Call],
+            output_dim: 0,
+            fingerprint: 3,
+            providers: vec![ProviderReport {
+                session_id: 1,
+                pid: 2,
+                in_flight: 3,
+                max_in_flight: 4,
+                faults: 5,
+                withdrawn: false,
+            }],
+            leases: 1,
+            lease_pids: vec![7],
+            queued_jobs: 0,
+            absent_us: 0,
+            totals: ProvidedTotals::default(),
+            last_fault: Some("f".into()),
+            children: vec![ProviderChildReport { pid: 2, starts: 1, last_exit: None }],
+        }],
+        metrics: Metrics {
+            load: durations(),
+            errors: vec![CodeCount { code: Code::Overloaded, count: 3 }],
+            ..Metrics::default()
+        },
+        alerts: vec![Alert {
+            name: "memory".into(),
+            severity: "warning".into(),
+            message: "x".into(),
+            age_us: 1,
+        }],
+    }
+}
+
+fn offer() -> Provide {
+    Provide {
+        model_id: "custom/x".into(),
+        kind: "k".into(),
+        description: "d".into(),
+        input_kind: "i".into(),
+        output_kind: "o".into(),
+        fingerprint: 3,
+        operations: vec![Operation::Call, Operation::Embed],
+        output_dim: 4,
+        max_seq_tokens: 0,
+        max_in_flight: 2,
+        max_input_bytes: 100,
+        max_output_bytes: 100,
+        job_timeout_ms: 1000,
+    }
+}
+
+fn durations() -> DurationCounts {
+    DurationCounts { counts: vec![0, 1, 2], sum_us: 7 }
+}
+
+fn detail() -> ModelDetail {
+    ModelDetail {
+        ids: vec!["embedding".into()],
+        kind: Some("embedding".into()),
+        last_error: Some(LastError { code: Code::OutOfMemory, message: "x".into(), age_us: 2 }),
+        generations: vec![GenerationReport {
+            generation: 1,
+            image_bytes: 2,
+            backing: BackingKind::SealedMemfd,
+            is_current: true,
+            is_served: false,
+            leases: 1,
+            age_us: 3,
+        }],
+        references: vec![ProcessReferences { pid: 20, count: 1 }],
+        ..ModelDetail::default()
     }
 }
 
@@ -155,6 +248,14 @@ fn client_messages() -> Vec<(&'static str, ClientMessage)> {
         ("status", ClientMessage::Status),
         ("shutdown", ClientMessage::Shutdown { drain_ms: 5000 }),
         ("ping", ClientMessage::Ping),
+        ("provide", ClientMessage::Provide(offer())),
+        ("provider-answer", ClientMessage::ProviderAnswer(answer())),
+        ("withdraw", ClientMessage::Withdraw { model_id: "custom/x".into() }),
+        ("model-reload", ClientMessage::Model(ModelCommand::Reload { model: "m".into(), wait_ms: 5 })),
+        (
+            "model-unload",
+            ClientMessage::Model(ModelCommand::Unload { model: "m".into(), mode: UnloadMode::Force }),
+        ),
     ]
 }
 
@@ -193,6 +294,26 @@ fn broker_messages() -> Vec<(&'static str, BrokerMessage)> {
         ("answer", BrokerMessage::Answer(answer())),
         ("status-report", BrokerMessage::Status(status())),
         ("shutting-down", BrokerMessage::ShuttingDown),
+        ("provided", BrokerMessage::Provided { generation: 1 << 63 }),
+        (
+            "provider-job",
+            BrokerMessage::ProviderJob(ProviderJob {
+                relay_id: 1,
+                generation: 1 << 63,
+                operation: Operation::Call,
+                priority: Priority::Interactive,
+                deadline_ns: 0,
+                attempts: 0,
+                payload: vec![1, 2],
+            }),
+        ),
+        ("provider-cancel", BrokerMessage::ProviderCancel { relay_id: 1 }),
+        ("withdrawn", BrokerMessage::Withdrawn),
+        (
+            "model-reloaded",
+            BrokerMessage::Model(ModelOutcome::Reloaded { model: description(), replaced: 1, load_us: 2 }),
+        ),
+        ("superseded", BrokerMessage::Superseded(Superseded { lease_id: 2, generation: 3 })),
     ]
 }
 
@@ -203,6 +324,7 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
         ("add-lane", ToEngine::AddLane { lane_id: 1, generation: 2 }),
         ("job", ToEngine::Job { relay_id: 1, session_id: 2, generation: 3, attempts: 0, job: job() }),
         ("drain", ToEngine::Drain),
+        ("probe", ToEngine::Probe { generation: 1 }),
     ];
     let from_engine = [
         ("ready", FromEngine::Ready { threads: 2 }),
@@ -212,6 +334,18 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("engine-answer", FromEngine::Answer(answer())),
         ("totals", FromEngine::Totals(EngineTotals::default())),
+        (
+            "probed",
+            FromEngine::Probed { generation: 1, code: Code::BadResult, message: "x".into(), probe_us: 2 },
+        ),
+        (
+            "metrics",
+            FromEngine::Metrics(EngineMetrics {
+                queue: durations(),
+                execution: durations(),
+                errors: vec![CodeCount { code: Code::BadPayload, count: 1 }],
+            }),
+        ),
         (
             "cache-insert",
             FromEngine::CacheInsert {
@@ -224,7 +358,7 @@ fn child_messages() -> Vec<(&'static str, Vec<u8>)> {
     ];
     let from_loader = [
         ("loader-progress", FromLoader::Progress(progress())),
-        ("loaded", FromLoader::Loaded { model_id: "m".into(), image_bytes: 3, backing }),
+        ("loaded", FromLoader::Loaded { model_id: "m".into(), image_bytes: 3, backing, facts: facts() }),
         ("failed", FromLoader::Failed { code: Code::DiskFull, message: "full".into() }),
     ];
     let mut out = Vec::new();

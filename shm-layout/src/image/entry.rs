@@ -36,11 +36,13 @@ pub enum SectionKind {
     TokenizerConfig = 8,
     /// The chat template, Jinja.
     ChatTemplate = 9,
+    /// A Unigram tokenizer's tables, as `engine::unigram` lays them out; only with a tokenizer.json that they cover.
+    TokenizerTables = 10,
 }
 
 impl SectionKind {
     /// All kinds in the order of their numbers.
-    pub const ALL: [SectionKind; 9] = [
+    pub const ALL: [SectionKind; 10] = [
         SectionKind::ModelId,
         SectionKind::Config,
         SectionKind::Tokenizer,
@@ -50,6 +52,7 @@ impl SectionKind {
         SectionKind::GenerationConfig,
         SectionKind::TokenizerConfig,
         SectionKind::ChatTemplate,
+        SectionKind::TokenizerTables,
     ];
 
     /// The kind of this number.

@@ -7,6 +7,7 @@ use super::layout::{
     content_hash_range, read_u32, read_u64, write_u32, write_u64,
 };
 use crate::table::offset_of;
+use crate::wire::{Decode, Encode};
 
 const fn at(name: &str) -> usize {
     offset_of(HEADER_FIELDS, name)
@@ -67,10 +68,11 @@ impl Family {
 }
 
 /// What a model is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Encode, Decode)]
 #[repr(u32)]
 pub enum Task {
     /// A text becomes a vector.
+    #[default]
     Embed = 1,
     /// A text, or a pair of texts, gets a score for each label; a reranker is one with a single label.
     Classify = 2,
@@ -143,7 +145,8 @@ impl Isa {
     }
 }
 
-/// A set of pooling modes; their outputs are concatenated in the order CLS, max, mean, mean by square root of length.
+/// A set of pooling modes; their outputs are concatenated in the order CLS, max, mean, mean by square root of length,
+/// last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pooling(u32);
 
@@ -156,12 +159,14 @@ impl Pooling {
     pub const MEAN: Pooling = Pooling(4);
     /// Sum over tokens divided by the square root of their number.
     pub const MEAN_SQRT_LEN: Pooling = Pooling(8);
+    /// The last token's hidden state.
+    pub const LAST: Pooling = Pooling(16);
     /// All single modes in output order.
-    pub const ALL: [Pooling; 4] = [Self::CLS, Self::MAX, Self::MEAN, Self::MEAN_SQRT_LEN];
+    pub const ALL: [Pooling; 5] = [Self::CLS, Self::MAX, Self::MEAN, Self::MEAN_SQRT_LEN, Self::LAST];
 
     /// The set of these bits, or `None` when it is empty or has an unknown bit.
     pub fn from_bits(bits: u32) -> Option<Self> {
-        (bits != 0 && bits < 16).then_some(Pooling(bits))
+        (bits != 0 && bits < 32).then_some(Pooling(bits))
     }
 
     /// The bits of the set.

@@ -70,7 +70,7 @@ pub const HEADER_FIELDS: &[Field] = &[
         4,
         "u32",
         "compiler",
-        "bit set, outputs concatenated in this order: 1 CLS, 2 max, 4 mean, 8 mean by square root of length",
+        "bit set, outputs concatenated in this order: 1 CLS, 2 max, 4 mean, 8 mean by square root of length, 16 last",
     ),
     Field::new(
         "flags",
@@ -129,7 +129,7 @@ pub const SECTION_ENTRY_FIELDS: &[Field] = &[
         "compiler",
         "1 model id (UTF-8), 2 config.json, 3 tokenizer.json (checked and cleaned), 4 sentence_bert_config.json, \
          5 config_sentence_transformers.json, 6 modules.json, 7 generation_config.json, 8 tokenizer_config.json, \
-         9 chat template (Jinja)",
+         9 chat template (Jinja), 10 tables of a Unigram tokenizer",
     ),
     Field::new("reserved", 4, 4, "u32", "compiler", "zero"),
     Field::new("offset", 8, 8, "u64", "compiler", "offset of the section in the image"),

@@ -43,6 +43,16 @@ pub fn encode_frame<T: Encode>(request_id: u64, message: &T) -> Result<Vec<u8>, 
     Ok(frame)
 }
 
+/// Encodes one message as a frame's body has it: for payloads that are messages themselves.
+///
+/// # Errors
+/// [`CodecError::TooLong`] when it is over [`MAX_FRAME_BODY_BYTES`].
+pub fn encode_body<T: Encode>(message: &T) -> Result<Vec<u8>, CodecError> {
+    let mut body = encode_frame(0, message)?;
+    body.drain(..HEAD_BYTES);
+    Ok(body)
+}
+
 /// Decodes the body of a frame; every byte must belong to the message.
 ///
 /// # Errors

@@ -4,7 +4,7 @@ use crate::limits::MAX_FRAME_BODY_BYTES;
 use crate::table::{Field, assert_packed, offset_of};
 
 /// Version of the protocol; both sides must have the same major number.
-pub const PROTOCOL_MAJOR: u16 = 2;
+pub const PROTOCOL_MAJOR: u16 = 3;
 /// Minor version: additions that an older peer of the same major version never sees unasked.
 pub const PROTOCOL_MINOR: u16 = 0;
 /// First four bytes of every frame, `MBF1` read as a little-endian number.

@@ -2,6 +2,11 @@
 //! handled, bounds are in [`crate::limits`]. The order of variants and fields is the encoding: append, never reorder.
 
 use super::cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
+use super::model_messages::{
+    Alert, EngineMetrics, Metrics, ModelCommand, ModelDetail, ModelOutcome, Superseded,
+};
+use super::provider_messages::{Provide, ProvidedReport, ProviderJob};
+use super::task_messages::{Partial, TaskFacts};
 use crate::code::Code;
 use bincode::{Decode, Encode};
 
@@ -15,6 +20,15 @@ pub enum Operation {
     Tokenize = 2,
     /// As `Embed`, but computed whatever the cache holds, and not kept in it.
     EmbedFresh = 3,
+    /// Bytes to bytes, as a provided model understands them; no model of an engine does.
+    Call = 4,
+    /// The first text with each of the others to scores; the answer is an embeddings payload with one row for each of the
+    /// others.
+    Rank = 5,
+    /// Texts to scores; the answer is an embeddings payload with one row for each text.
+    Classify = 6,
+    /// A [`super::GenerateRequest`] to a [`super::GenerateAnswer`]; as a frame only.
+    Generate = 7,
 }
 
 impl Operation {
@@ -25,6 +39,10 @@ impl Operation {
             1 => Some(Operation::Embed),
             2 => Some(Operation::Tokenize),
             3 => Some(Operation::EmbedFresh),
+            4 => Some(Operation::Call),
+            5 => Some(Operation::Rank),
+            6 => Some(Operation::Classify),
+            7 => Some(Operation::Generate),
             _ => None,
         }
     }
@@ -139,6 +157,20 @@ pub enum ClientMessage {
     },
     /// Answered by [`BrokerMessage::Pong`].
     Ping,
+    /// Offers to compute a model; answered by [`BrokerMessage::Provided`].
+    Provide(Provide),
+    /// The answer of a [`BrokerMessage::ProviderJob`]; its `job_id` is the relay id, its times are not looked at.
+    ProviderAnswer(AnswerFrame),
+    /// Takes no further jobs of a model that this session provides; those it has are still answered. Answered by
+    /// [`BrokerMessage::Withdrawn`].
+    Withdraw {
+        /// The model.
+        model_id: String,
+    },
+    /// Wants something done with a model.
+    Model(ModelCommand),
+    /// Asks the broker to read its configuration again.
+    ReloadConfiguration,
 }
 
 /// From the broker to a client.
@@ -163,6 +195,37 @@ pub enum BrokerMessage {
     ShuttingDown,
     /// Answer to a ping.
     Pong,
+    /// The session provides the model from now on.
+    Provided {
+        /// Under which jobs name it.
+        generation: u64,
+    },
+    /// A job for this provider.
+    ProviderJob(ProviderJob),
+    /// Nobody wants the answer of this job any more; it is still to be answered once.
+    ProviderCancel {
+        /// The job.
+        relay_id: u64,
+    },
+    /// No further jobs of the model come to this session.
+    Withdrawn,
+    /// A piece of a text that is being generated.
+    Partial(Partial),
+    /// What became of a [`ClientMessage::Model`].
+    Model(ModelOutcome),
+    /// Unasked: the generation of one of the session's leases was replaced.
+    Superseded(Superseded),
+    /// The configuration was read again. One that cannot be used is refused with `CONFIG_INVALID` and changes nothing.
+    ConfigurationReloaded(ConfigurationReloaded),
+}
+
+/// What became of a configuration that was read again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct ConfigurationReloaded {
+    /// What changed and takes effect, one line each.
+    pub applied: Vec<String>,
+    /// What changed and cannot take effect now, one line each, with what it needs.
+    pub pending: Vec<String>,
 }
 
 /// Answer to [`Hello`].
@@ -212,6 +275,8 @@ pub struct ModelDescription {
     pub content_hash: [u8; 32],
     /// What the image lies in: `memfd`, `file` or `posix-shm`.
     pub backing: BackingKind,
+    /// What it is for.
+    pub facts: TaskFacts,
 }
 
 /// What holds an image's pages.
@@ -321,6 +386,8 @@ pub enum ModelState {
     Ready,
     /// The last load failed; the next request tries again.
     Failed,
+    /// Not loaded; the next request loads it.
+    Unloaded,
 }
 
 /// One model in a [`StatusReport`].
@@ -346,6 +413,8 @@ pub struct ModelReport {
     pub error: Option<String>,
     /// State of its vector cache, where it has one.
     pub cache: Option<CacheReport>,
+    /// Everything else.
+    pub detail: ModelDetail,
 }
 
 /// One engine in a [`StatusReport`].
@@ -422,6 +491,12 @@ pub struct StatusReport {
     pub faults: u64,
     /// Open descriptors of the broker, for leak checks.
     pub open_descriptors: u32,
+    /// Models that clients' processes provide.
+    pub provided: Vec<ProvidedReport>,
+    /// What was measured.
+    pub metrics: Metrics,
+    /// What has got worse.
+    pub alerts: Vec<Alert>,
 }
 
 /// From the broker to an engine.
@@ -477,6 +552,11 @@ pub enum ToEngine {
     Drain,
     /// Asks for [`FromEngine::Totals`].
     Totals,
+    /// Compute something known; answered by [`FromEngine::Probed`].
+    Probe {
+        /// The model.
+        generation: u64,
+    },
 }
 
 /// From an engine to the broker.
@@ -545,6 +625,21 @@ pub enum FromEngine {
         /// The counters.
         totals: CacheTotals,
     },
+    /// A piece of the text of a job that came over the socket; its `job_id` is the relay id.
+    Partial(Partial),
+    /// A probe's end.
+    Probed {
+        /// The model.
+        generation: u64,
+        /// [`Code::Ok`] when it computed what it should, else why not.
+        code: Code,
+        /// Why not, in words.
+        message: String,
+        /// Time that it computed, in µs.
+        probe_us: u64,
+    },
+    /// What was measured; sent before `Totals`.
+    Metrics(EngineMetrics),
 }
 
 /// From a loader to the broker.
@@ -560,6 +655,8 @@ pub enum FromLoader {
         image_bytes: u64,
         /// What it lies in.
         backing: BackingKind,
+        /// What the model is for.
+        facts: TaskFacts,
     },
     /// It could not be done.
     Failed {

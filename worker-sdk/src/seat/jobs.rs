@@ -4,6 +4,7 @@
 use crate::error::SdkError;
 use crate::time::Deadline;
 use shm_layout::lane::Ticket;
+use shm_layout::limits::MAX_PAYLOAD_BYTES;
 use shm_layout::wire::{Operation, Priority};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar};
@@ -30,6 +31,15 @@ pub(crate) struct Answer {
     pub(crate) dim: usize,
     /// Which link it came over; to be named when the bytes turn out to be wrong.
     pub(crate) link_number: u64,
+    /// A client's process computed it, not an engine.
+    pub(crate) provided: bool,
+}
+
+impl Answer {
+    /// Whose answer it is, for messages.
+    pub(crate) fn peer(&self) -> &'static str {
+        if self.provided { "the provider" } else { "the engine" }
+    }
 }
 
 /// How a job was sent.
@@ -61,6 +71,9 @@ pub(crate) struct Entry {
     pub(crate) refusals: u32,
     follower: Option<Arc<Condvar>>,
     waker: Option<Waker>,
+    /// Text that came ahead of the answer and was not taken yet, and the bytes of it in all.
+    pieces: String,
+    piece_bytes: u64,
 }
 
 /// The jobs of one seat.
@@ -92,6 +105,8 @@ impl Jobs {
             refusals: 0,
             follower: None,
             waker: None,
+            pieces: String::new(),
+            piece_bytes: 0,
         };
         self.entries.insert(id, entry);
         self.backlog.push_back(id);
@@ -159,6 +174,34 @@ impl Jobs {
 
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         self.next_deadline
+    }
+
+    /// Adds a piece of text that begins after `offset_bytes` bytes of it, as far as it is new.
+    ///
+    /// # Errors
+    /// When it leaves a hole, cuts a character, or makes the text longer than an answer may be.
+    pub(crate) fn add_piece(&mut self, id: u64, offset_bytes: u64, text: &str) -> Result<(), ()> {
+        let Some(entry) = self.entries.get_mut(&id) else { return Ok(()) };
+        let known = entry.piece_bytes.checked_sub(offset_bytes).ok_or(())?;
+        if known >= text.len() as u64 {
+            return Ok(());
+        }
+        let fresh = text.get(known as usize..).ok_or(())?;
+        entry.piece_bytes += fresh.len() as u64;
+        if entry.piece_bytes > MAX_PAYLOAD_BYTES as u64 {
+            return Err(());
+        }
+        entry.pieces.push_str(fresh);
+        if let Some(follower) = &entry.follower {
+            follower.notify_one();
+        }
+        Ok(())
+    }
+
+    /// The text that came ahead of a job's answer since the last call.
+    pub(crate) fn take_pieces(&mut self, id: u64) -> Option<String> {
+        let entry = self.entries.get_mut(&id)?;
+        (!entry.pieces.is_empty()).then(|| std::mem::take(&mut entry.pieces))
     }
 
     /// Ends a job and tells whoever waits for it. Without effect on a job that is done or gone.
@@ -357,7 +400,7 @@ mod tests {
     }
 
     fn answer() -> Answer {
-        Answer { bytes: vec![], dim: 1, link_number: 1 }
+        Answer { bytes: vec![], dim: 1, link_number: 1, provided: false }
     }
 
     fn send_all(jobs: &mut Jobs, room: usize) -> Vec<u64> {

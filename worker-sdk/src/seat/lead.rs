@@ -1,7 +1,7 @@
 //! What the leading thread does for all: taking up the lease, sending, sleeping until answers come, and coming back after
 //! the broker's death. Who leads when is decided beside this file.
 
-use super::link::Link;
+use super::link::{Link, Mail};
 use super::{Guard, LOAD_GRACE, Outage, Seat};
 use crate::connect::{RECONNECT_BASE, RECONNECT_CAP};
 use crate::error::SdkError;
@@ -28,7 +28,7 @@ impl Seat {
                 Ok(link) => break link,
                 // A broker that was there and went away: the next one may be up at once.
                 Err(SdkError::Disconnected { .. } | SdkError::Refused { code: Code::ShuttingDown, .. })
-                    if started.elapsed() < self.core.settings.patience =>
+                    if started.elapsed() < self.core.settings.patience() =>
                 {
                     std::thread::sleep(backoff(attempts, RECONNECT_BASE, RECONNECT_CAP));
                     attempts += 1;
@@ -48,7 +48,7 @@ impl Seat {
         Ok(model)
     }
 
-    fn acquire(&self, deadline: Deadline, watch: Watch<'_>) -> Result<Link, SdkError> {
+    pub(super) fn acquire(&self, deadline: Deadline, watch: Watch<'_>) -> Result<Link, SdkError> {
         let request = &*self.request;
         let session = self.core.session(self.core.settings.start, deadline, watch)?;
         let wait = deadline.left_within(request.wait);
@@ -96,6 +96,7 @@ impl Seat {
             }
             None => return self.relink(state, until),
         }
+        let mut state = self.freshen_leading(state);
         let news = self.reap(&mut state);
         self.push(&mut state);
         let slice = state.slice(until);
@@ -126,8 +127,12 @@ impl Seat {
                 if state.is_linked_by(number)
                     && let Some(link) = &mut state.link
                 {
-                    let arrivals = link.sort(mail);
-                    self.deliver(&mut state, arrivals);
+                    for mail in link.sort(mail) {
+                        match mail {
+                            Mail::End(arrival) => self.deliver_one(&mut state, arrival),
+                            Mail::Piece { job, partial } => self.add_piece(&mut state, job, partial),
+                        }
+                    }
                 }
             }
         }
@@ -171,10 +176,11 @@ impl Seat {
             }
             Err(error) if error.is_broker_absence() => {
                 let waited = since.elapsed();
-                if waited > self.core.settings.patience {
+                if waited > self.core.settings.patience() {
                     let lost = SdkError::Disconnected { reason: error.to_string(), waited };
-                    // Those with a deadline of their own chose how long to wait.
-                    state.jobs.fail(&lost, |spec| spec.deadline.at().is_none());
+                    // Those with a deadline of their own chose how long to wait, unless they can go on elsewhere.
+                    let all = self.request.fall_back;
+                    state.jobs.fail(&lost, |spec| all || spec.deadline.at().is_none());
                     state.outage = None;
                 } else if let Some(outage) = &mut state.outage {
                     outage.not_before =

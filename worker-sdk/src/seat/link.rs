@@ -9,7 +9,7 @@ use crate::settings::Route;
 use crate::split::output_capacity_bytes;
 use shm_layout::code::Code;
 use shm_layout::lane::{ClientLane, Geometry, JobRequest, LaneFault, REGION_BYTES, SubmitError, Ticket};
-use shm_layout::wire::{ClientMessage, JobFrame, Leased, ModelDescription};
+use shm_layout::wire::{ClientMessage, JobFrame, Leased, ModelDescription, Partial, is_provided};
 use shm_os::Doorbell;
 use shm_os::lane_mapping::LaneMapping;
 use std::collections::HashMap;
@@ -21,6 +21,15 @@ use std::time::{Duration, Instant};
 const MAX_DIM: u32 = 1 << 17;
 /// Completions taken at once.
 const REAP_MOST: usize = 64;
+
+/// What came over the socket for a job.
+#[derive(Debug)]
+pub(super) enum Mail {
+    /// Its end.
+    End(Arrival),
+    /// A piece of its answer.
+    Piece { job: u64, partial: Partial },
+}
 
 /// One job's end, whichever way it came.
 #[derive(Debug)]
@@ -92,6 +101,13 @@ impl Link {
 
     fn check(leased: &Leased, fds: Vec<OwnedFd>, route: Route) -> Result<Option<LaneEnd>, SdkError> {
         let fault = |what: String| SdkError::Fault { peer: "the broker", what };
+        if is_provided(leased.model.generation) {
+            // Its jobs travel as frames, whatever was asked for.
+            return match leased.model.output_dim {
+                0..=MAX_DIM => Ok(None),
+                dim => Err(fault(format!("it leased a model of {dim} dimensions"))),
+            };
+        }
         if !(1..=MAX_DIM).contains(&leased.model.output_dim) {
             return Err(fault(format!("it leased a model of {} dimensions", leased.model.output_dim)));
         }
@@ -116,6 +132,11 @@ impl Link {
         let client =
             ClientLane::new(Arc::clone(&mapping), Geometry::V1).map_err(|error| fault(error.to_string()))?;
         Ok(Some(LaneEnd { mapping, client, doorbell, tickets: HashMap::new() }))
+    }
+
+    /// Whether a client's process computes the model, not an engine.
+    pub(super) fn is_provided(&self) -> bool {
+        is_provided(self.model.generation)
     }
 
     pub(super) fn dim(&self) -> usize {
@@ -208,32 +229,39 @@ impl Link {
     }
 
     /// Matches answers that came over the socket with their jobs.
-    pub(super) fn sort(&mut self, mail: Vec<JobReply>) -> Vec<Arrival> {
+    pub(super) fn sort(&mut self, mail: Vec<JobReply>) -> Vec<Mail> {
         if !mail.is_empty() {
             self.heard = Instant::now();
         }
         mail.into_iter()
             .filter_map(|reply| match reply {
-                JobReply::Answered(answer) => self.socket_jobs.remove(&answer.job_id).map(|job| Arrival {
-                    job,
-                    status: answer.status,
-                    bytes: answer.payload,
-                    retry_after: Duration::ZERO,
+                JobReply::Answered(answer) => self.socket_jobs.remove(&answer.job_id).map(|job| {
+                    let (status, bytes) = (answer.status, answer.payload);
+                    Mail::End(Arrival { job, status, bytes, retry_after: Duration::ZERO })
                 }),
-                JobReply::Refused { job_id, refusal } => {
-                    self.socket_jobs.remove(&job_id).map(|job| Arrival {
+                JobReply::Refused { job_id, refusal } => self.socket_jobs.remove(&job_id).map(|job| {
+                    Mail::End(Arrival {
                         job,
                         status: refusal.code,
                         bytes: refusal.message.into_bytes(),
                         retry_after: Duration::from_millis(u64::from(refusal.retry_after_ms)),
                     })
+                }),
+                JobReply::Piece(partial) => {
+                    self.socket_jobs.get(&partial.job_id).map(|job| Mail::Piece { job: *job, partial })
                 }
             })
             .collect()
     }
 
+    /// Whether its model was replaced by another generation, as far as was read.
+    pub(super) fn is_superseded(&self) -> bool {
+        self.session.is_superseded(self.lease_id)
+    }
+
     /// Gives the lease back.
     pub(super) fn release(self) {
+        self.session.forget_superseded(self.lease_id);
         if self.session.is_alive() {
             self.session.tell(&ClientMessage::Release { lease_id: self.lease_id });
         }

@@ -6,7 +6,8 @@ mod peer;
 use engine::{CompileOptions, compile_folder};
 use peer::{Image, Peer, eventually, place};
 use shm_layout::image::HeapImage;
-use shm_layout::wire::{BackingKind, ModelDescription};
+use shm_layout::image::Task;
+use shm_layout::wire::{BackingKind, ModelDescription, TaskFacts};
 use shm_os::memfd::{create_writable_image, reopen_read_only, seal_image};
 use std::fs::File;
 use std::io::Write;
@@ -109,6 +110,7 @@ fn image(seal: bool) -> (Vec<u8>, Image) {
         fingerprint: 1,
         content_hash: summary.content_hash,
         backing: BackingKind::SealedMemfd,
+        facts: TaskFacts::of(Task::Embed),
     };
     (bytes, Image { fd: reopen_read_only(object.as_fd()).unwrap(), description })
 }

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use shm_layout::code::Code;
+use shm_layout::image::Task;
 use shm_layout::lane::{CONTROL_FIELDS, EngineLane, Geometry, LaneMemory, REGION_BYTES};
 use shm_layout::payload::{EmbeddingRows, decode_texts, encode_embeddings, encode_token_spans};
 use shm_layout::table::offset_of;
@@ -164,7 +165,7 @@ impl Behaviour {
                     .collect();
                 (Code::Ok, encode_token_spans(&spans))
             }
-            None => (Code::UnsupportedOperation, Vec::new()),
+            _ => (Code::UnsupportedOperation, Vec::new()),
         }
     }
 }
@@ -350,6 +351,10 @@ impl Broker {
         let long = Duration::from_secs(20);
         let stream = &mut connection.stream;
         match message {
+            // This peer knows nothing of providers.
+            ClientMessage::Provide(_) | ClientMessage::ProviderAnswer(_) | ClientMessage::Withdraw { .. } => {
+                false
+            }
             ClientMessage::Hello(hello) => {
                 assert_eq!(hello.layout_hash, shm_layout::lane::LAYOUT_HASH);
                 let welcome = Welcome {
@@ -404,7 +409,10 @@ impl Broker {
                     engines: vec![],
                     sessions: vec![],
                     faults: 0,
+                    provided: vec![],
                     open_descriptors: 0,
+                    metrics: Default::default(),
+                    alerts: vec![],
                 };
                 stream.send(id, &BrokerMessage::Status(report), vec![], long).is_ok()
             }
@@ -413,7 +421,16 @@ impl Broker {
                 self.stop.store(true, SeqCst);
                 true
             }
+            ClientMessage::ReloadConfiguration => {
+                let answer = BrokerMessage::ConfigurationReloaded(Default::default());
+                stream.send(id, &answer, vec![], long).is_ok()
+            }
             ClientMessage::Ping => stream.send(id, &BrokerMessage::Pong, vec![], long).is_ok(),
+            ClientMessage::Model(_) => {
+                let message = "this peer knows no orders".to_owned();
+                let refusal = Refusal { code: Code::UnsupportedOperation, message, retry_after_ms: 0 };
+                stream.send(id, &BrokerMessage::Refused(refusal), vec![], long).is_ok()
+            }
         }
     }
 
@@ -453,6 +470,7 @@ impl Broker {
             fingerprint: self.behaviour.fingerprint.load(SeqCst),
             content_hash: [0; 32],
             backing: BackingKind::SealedMemfd,
+            facts: TaskFacts::of(Task::Embed),
         };
         let image = self.behaviour.image.lock().unwrap();
         let image = image.as_ref().filter(|_| acquire.want_image);

@@ -1,14 +1,18 @@
 //! A world around a core, without processes: it does what the core says, and remembers what clients were told.
 
+mod provided;
 mod random;
+mod reconfigure;
 mod scripted;
 
 use super::*;
+use shm_layout::image::Task;
 use shm_layout::lane::LAYOUT_HASH;
 use shm_layout::limits::MAX_JOB_ATTEMPTS;
+use shm_layout::wire::TaskFacts;
 use shm_layout::wire::{
     Acquire, AnswerFrame, BackingKind, CacheDescription, ClientMessage, FromEngine, Hello, JobFrame,
-    Operation, PROTOCOL_MAJOR, Priority, StatusReport,
+    Operation, PROTOCOL_MAJOR, Priority, Provide, ProviderJob, StatusReport,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -19,10 +23,19 @@ fn core_with(limits: Limits) -> Core {
     let config = CoreConfig {
         default_model: "default".into(),
         limits,
+        policy: Policy {
+            unload_after: Duration::ZERO,
+            max_shared_models: 0,
+            memory_budget_bytes: None,
+            log_model_usage: true,
+        },
+        models: Vec::new(),
+        preload: Vec::new(),
         idle_exit: None,
         allow_other_users: false,
         caches: true,
         engine_saves: false,
+        provider_models: Vec::new(),
         own_uid: UID,
         boot_id: 1,
         broker_pid: 1,
@@ -39,6 +52,8 @@ fn facts(model_id: &str) -> ImageFacts {
         fingerprint: 1,
         content_hash: [1; 32],
         backing: BackingKind::SealedMemfd,
+        facts: TaskFacts::of(Task::Embed),
+        precision: "f32",
     }
 }
 
@@ -53,6 +68,24 @@ fn hello() -> ClientMessage {
 
 fn acquire(model: &str, want_lane: bool, wait_ms: u32) -> ClientMessage {
     ClientMessage::Acquire(Acquire { model: model.into(), want_lane, want_image: !want_lane, wait_ms })
+}
+
+pub(super) fn offer(model_id: &str) -> Provide {
+    Provide {
+        model_id: model_id.into(),
+        kind: "test".into(),
+        description: "bytes to bytes".into(),
+        input_kind: "bytes".into(),
+        output_kind: "bytes".into(),
+        fingerprint: 1,
+        operations: vec![Operation::Call],
+        output_dim: 0,
+        max_seq_tokens: 0,
+        max_in_flight: 2,
+        max_input_bytes: 100,
+        max_output_bytes: 100,
+        job_timeout_ms: 1000,
+    }
 }
 
 fn job(lease_id: u64, job_id: u64, deadline_ns: u64) -> ClientMessage {
@@ -88,7 +121,17 @@ struct World {
     engine: Option<(u64, VecDeque<ToEngine>)>,
     engine_starts: bool,
     engines: usize,
+    /// Processes of providers that run.
+    processes: BTreeSet<usize>,
+    /// Jobs that providers have and have not answered.
+    given: BTreeMap<u64, VecDeque<ProviderJob>>,
     exited: bool,
+    /// The configuration is being read.
+    reading: bool,
+    /// What caches were last told to hold.
+    cache_entries: Option<usize>,
+    available_bytes: Option<u64>,
+    cached: Vec<(u64, u64)>,
     last_session: u64,
     last_request: u64,
 }
@@ -113,7 +156,13 @@ impl World {
             engine: None,
             engine_starts: true,
             engines: 0,
+            processes: BTreeSet::new(),
+            given: BTreeMap::new(),
             exited: false,
+            reading: false,
+            cache_entries: None,
+            available_bytes: None,
+            cached: Vec::new(),
             last_session: 0,
             last_request: 0,
         };
@@ -141,6 +190,9 @@ impl World {
                         Attachment::Image(generation) => assert!(self.images.contains(&generation)),
                         Attachment::Cache(generation) => assert!(self.caches.contains(&generation)),
                     }
+                }
+                if let BrokerMessage::ProviderJob(job) = &message {
+                    self.given.entry(session).or_default().push_back(job.clone());
                 }
                 if self.open.contains(&session) {
                     self.told.entry(session).or_default().push((request_id, message));
@@ -210,6 +262,24 @@ impl World {
                     inbox.push_back(message);
                 }
             }
+            Action::StartProvider { child } => {
+                self.processes.insert(child);
+            }
+            Action::KillProvider { child } => {
+                self.processes.remove(&child);
+                let exit = ChildExit::Signal(9);
+                self.events.push_back(Event::ProviderExited { child, exit });
+            }
+            Action::ReadConfiguration => {
+                assert!(!self.reading, "two readings at once");
+                self.reading = true;
+            }
+            Action::Reconfigure { cache_entries, .. } => self.cache_entries = Some(cache_entries),
+            Action::LookAtMemory => {
+                let event =
+                    Event::Memory { available_bytes: self.available_bytes, caches: self.cached.clone() };
+                self.events.push_back(event);
+            }
             Action::Exit => self.exited = true,
         }
     }
@@ -253,6 +323,10 @@ impl World {
                 self.happens(Event::Tick);
             }
             ToEngine::Totals => self.engine_says(FromEngine::Totals(Default::default())),
+            ToEngine::Probe { generation } => {
+                let (code, message) = (Code::Ok, String::new());
+                self.engine_says(FromEngine::Probed { generation, code, message, probe_us: 7 });
+            }
             ToEngine::AddLane { .. } | ToEngine::CancelJob { .. } => {}
         }
         true

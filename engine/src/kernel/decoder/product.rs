@@ -165,7 +165,7 @@ impl Places {
                 rows: left.rows,
             },
         };
-        let right = Right { start: panels.as_ptr(), precision, inputs: precision.padded(inputs) };
+        let right = Right::whole(panels.as_ptr(), precision, precision.padded(inputs));
         let done = |tile: &mut Tile, rows: Range<usize>, panel: usize| {
             let columns = panel * PANEL_COLUMNS..((panel + 1) * PANEL_COLUMNS).min(outputs);
             let dequantize = (precision == Precision::Int8).then(|| Dequantize {

@@ -1,17 +1,20 @@
 //! The layers, step by step, for texts that one team has. Every step writes rows or columns that belong to one member.
 
-use super::super::attention::{Context, Sequences, attention};
+use super::super::attention::{Context, Scores, Sequences, attention};
 #[cfg(target_arch = "x86_64")]
 use super::super::avx512::{finish_in_f32, finish_narrowly, scale_narrowly};
 use super::super::cpu::{CpuPath, path};
-use super::super::finish::{Dequantize, Finish, Out, finish_exactly};
+use super::super::finish::{Dequantize, Finish, Out, finish_exactly, finish_gated};
 use super::super::product::{Left, PANEL_COLUMNS, Right, Target, Tile, multiply};
 use super::super::scratch::Place;
 use super::super::team::Member;
-use super::super::vector::{embed_row, norm_row, quantize_row, to_bf16};
+use super::super::vector::{embed_row, norm_row, quantize_row, rms_norm_row, to_bf16, turn_bf16, turn_f32};
 use super::Breaks;
 use super::scratch::Places;
-use super::weights::{EmbeddingWeights, EncoderWeights, LinearWeights, Lookup, NormWeights};
+use super::weights::{
+    EmbeddingWeights, EncoderWeights, LayerWeights, LinearWeights, Lookup, NormWeights, RotaryTables,
+};
+use crate::config::{GATED_BLOCK, NormKind};
 use crate::packing::{Packing, Precision};
 use std::ops::Range;
 
@@ -41,6 +44,8 @@ enum Then {
     AddToHidden,
     /// The activation is applied; stored for the next product.
     Activate,
+    /// One half is activated and multiplied with the other; stored for the next product.
+    Gate,
 }
 
 impl Group<'_> {
@@ -48,15 +53,15 @@ impl Group<'_> {
     /// The encoder's weights and the group's tokens must have been checked; hidden state and scratch have room for the tokens
     /// and are touched by nobody but the members of one team, which all call this.
     pub(super) unsafe fn run(&self, member: &Member<'_>) {
-        let width = self.encoder.width();
-        let precision = self.encoder.precision;
+        let encoder = self.encoder;
+        let (width, inner) = (encoder.width(), encoder.shape.context_dim());
+        let precision = encoder.precision;
         let attention_precision = if self.is_narrow() { Precision::Bf16 } else { Precision::F32 };
         let scratch = &self.scratch;
+        let context_left = if inner == width { scratch.narrow_left } else { scratch.context_left };
         let context = match precision {
             // Goes into the next product as it is.
-            Precision::Bf16 if self.is_narrow() => {
-                Context::Narrow(scratch.narrow_left, precision.padded(width))
-            }
+            Precision::Bf16 if self.is_narrow() => Context::Narrow(context_left, precision.padded(inner)),
             _ => Context::Float(scratch.context),
         };
         let rows = member.part(self.tokens.len(), ROW_BLOCK);
@@ -64,59 +69,135 @@ impl Group<'_> {
         // was written before the last meeting, or what this member wrote itself.
         unsafe {
             self.embed(rows.clone());
-            for layer in &self.encoder.layers {
-                self.narrow(self.hidden_rows(), scratch.narrow_left, width, rows.clone());
+            for layer in &encoder.layers {
+                let input = self.before(layer.attention_norm.as_ref(), rows.clone());
+                self.narrow(input, scratch.narrow_left, width, rows.clone());
                 member.meet();
                 self.product(
                     member,
                     &layer.qkv,
-                    self.left(self.hidden_rows(), scratch.narrow_left, width),
+                    self.left(input, scratch.narrow_left, width),
                     Then::Store(scratch.qkv, attention_precision),
                 );
                 member.meet();
+                if let Some(tables) = layer.rotary {
+                    self.turn(layer, tables, attention_precision, rows.clone());
+                    member.meet();
+                }
                 attention(
                     member,
                     context,
                     scratch.qkv,
                     Sequences { all: self.sequences, first_token: self.first_token },
-                    self.encoder.shape,
+                    encoder.shape,
+                    Scores { reach: layer.reach, distance_bias: encoder.distance_bias },
                     attention_precision,
                     &|| self.take_a_break(member),
                 );
                 member.meet();
                 if precision != Precision::F32 && matches!(context, Context::Float(_)) {
-                    self.narrow(scratch.context.at(0), scratch.narrow_left, width, rows.clone());
+                    self.narrow(scratch.context.at(0), context_left, inner, rows.clone());
                     member.meet();
                 }
                 self.product(
                     member,
                     &layer.attention_output,
-                    self.left(scratch.context.at(0), scratch.narrow_left, width),
+                    self.left(scratch.context.at(0), context_left, inner),
                     Then::AddToHidden,
                 );
                 member.meet();
-                self.norm(&layer.attention_norm, rows.clone());
-                self.narrow(self.hidden_rows(), scratch.narrow_left, width, rows.clone());
+                self.after(layer.attention_norm.as_ref(), rows.clone());
+                let input = self.before(Some(&layer.output_norm), rows.clone());
+                self.narrow(input, scratch.narrow_left, width, rows.clone());
                 member.meet();
                 self.product(
                     member,
                     &layer.intermediate,
-                    self.left(self.hidden_rows(), scratch.narrow_left, width),
-                    Then::Activate,
+                    self.left(input, scratch.narrow_left, width),
+                    if encoder.is_gated { Then::Gate } else { Then::Activate },
                 );
                 member.meet();
                 if precision == Precision::Int8 {
-                    self.narrow(scratch.wide.at(0), scratch.wide_left, self.encoder.wide, rows.clone());
+                    self.narrow(scratch.wide.at(0), scratch.wide_left, encoder.wide, rows.clone());
                     member.meet();
                 }
                 self.product(
                     member,
                     &layer.output,
-                    self.left(scratch.wide.at(0), scratch.wide_left, self.encoder.wide),
+                    self.left(scratch.wide.at(0), scratch.wide_left, encoder.wide),
                     Then::AddToHidden,
                 );
                 member.meet();
-                self.norm(&layer.output_norm, rows.clone());
+                self.after(Some(&layer.output_norm), rows.clone());
+            }
+            if let Some(norm) = &encoder.final_norm {
+                self.norm(norm, rows);
+            }
+        }
+    }
+
+    /// What a block reads: the hidden state, or in pre-norm models what a norm makes of it, of these rows.
+    ///
+    /// # Safety
+    /// The rows must be this member's, and nobody may read them of `normed` any more.
+    unsafe fn before(&self, norm: Option<&NormWeights<'_>>, rows: Range<usize>) -> *const f32 {
+        let width = self.encoder.width();
+        let Some(norm) = norm.filter(|_| self.encoder.is_pre_norm) else { return self.hidden_rows() };
+        for row in rows {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let source = self.hidden.slice::<f32>((self.first_token + row) * width, width);
+                let out = self.scratch.normed.slice::<f32>(row * width, width);
+                out.copy_from_slice(source);
+                norm_any(out, norm);
+            }
+        }
+        self.scratch.normed.at(0)
+    }
+
+    /// The norm that follows a block, unless it is before it.
+    ///
+    /// # Safety
+    /// The rows of the hidden state must be this member's.
+    unsafe fn after(&self, norm: Option<&NormWeights<'_>>, rows: Range<usize>) {
+        if let Some(norm) = norm.filter(|_| !self.encoder.is_pre_norm) {
+            // SAFETY: the caller's promise.
+            unsafe { self.norm(norm, rows) };
+        }
+    }
+
+    /// Norms and turns the queries and keys of rows, head by head.
+    ///
+    /// # Safety
+    /// These rows of `qkv` must be this member's.
+    unsafe fn turn(
+        &self,
+        layer: &LayerWeights<'_>,
+        tables: RotaryTables<'_>,
+        precision: Precision,
+        rows: Range<usize>,
+    ) {
+        let shape = self.encoder.shape;
+        let half = shape.head_dim / 2;
+        for row in rows {
+            let position = self.tokens[row].position as usize;
+            let at = position * half..(position + 1) * half;
+            let (cos, sin) = (&tables.cos[at.clone()], &tables.sin[at]);
+            for head in 0..shape.head_count + shape.kv_head_count {
+                let norm = layer.head_norms.as_ref().map(|norms| {
+                    let norm = &norms[usize::from(head >= shape.head_count)];
+                    (norm.weight, norm.eps)
+                });
+                let start = row * shape.qkv_dim() + head * shape.head_dim;
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match precision {
+                        Precision::F32 => {
+                            turn_f32(self.scratch.qkv.slice(start, shape.head_dim), norm, cos, sin);
+                        }
+                        _ => turn_bf16(self.scratch.qkv.slice(start, shape.head_dim), norm, cos, sin),
+                    }
+                }
             }
         }
     }
@@ -143,18 +224,23 @@ impl Group<'_> {
     unsafe fn embed(&self, rows: Range<usize>) {
         let width = self.encoder.width();
         let EmbeddingWeights { words, kinds, positions, norm } = self.encoder.embeddings;
-        let of = |index: u32| index as usize * width..(index as usize + 1) * width;
+        let of = |table: &'_ [f32], index: u32| match table.is_empty() {
+            true => 0..0,
+            false => index as usize * width..(index as usize + 1) * width,
+        };
         for row in rows {
             let token = self.tokens[row];
             // SAFETY: the caller's promise.
             let out = unsafe { self.hidden.slice::<f32>((self.first_token + row) * width, width) };
             embed_row(
                 out,
-                &words[of(token.word)],
-                &kinds[of(token.kind)],
-                &positions[of(token.position)],
-                (norm.weight, norm.bias, norm.eps),
+                &words[of(words, token.word)],
+                &kinds[of(kinds, token.kind)],
+                &positions[of(positions, token.position)],
             );
+            if let Some(norm) = &norm {
+                norm_any(out, norm);
+            }
         }
     }
 
@@ -165,7 +251,7 @@ impl Group<'_> {
         for row in rows {
             // SAFETY: the caller's promise.
             let row = unsafe { self.hidden.slice::<f32>((self.first_token + row) * width, width) };
-            norm_row(row, norm.weight, norm.bias, norm.eps);
+            norm_any(row, norm);
         }
     }
 
@@ -215,8 +301,7 @@ impl Group<'_> {
     unsafe fn product(&self, member: &Member<'_>, linear: &LinearWeights<'_>, left: Left, then: Then) {
         let precision = self.encoder.precision;
         let is_narrow = self.is_narrow();
-        let right =
-            Right { start: linear.panels.as_ptr(), precision, inputs: precision.padded(linear.inputs) };
+        let right = Right::whole(linear.panels.as_ptr(), precision, precision.padded(linear.inputs));
         let panels = member.part(linear.outputs.div_ceil(PANEL_COLUMNS), 1);
         let done = |tile: &mut Tile, rows: Range<usize>, panel: usize| {
             let columns = panel * PANEL_COLUMNS..((panel + 1) * PANEL_COLUMNS).min(linear.outputs);
@@ -242,13 +327,27 @@ impl Group<'_> {
                     halves(self.scratch.wide_left, precision.padded(linear.outputs))
                 }
                 Then::Activate => Out::Store(floats(self.scratch.wide, 0, linear.outputs)),
+                Then::Gate => {
+                    let (wide, column) = (self.encoder.wide, panel * GATED_BLOCK);
+                    if precision == Precision::Bf16 {
+                        let stride = precision.padded(wide);
+                        let start = self.scratch.wide_left.at::<u16>(rows.start * stride + column);
+                        Out::Narrow(Target { start, stride })
+                    } else {
+                        let start = self.scratch.wide.at::<f32>(rows.start * wide + column);
+                        Out::Store(Target { start, stride: wide })
+                    }
+                }
             };
-            let activation = matches!(then, Then::Activate).then_some(self.encoder.activation);
+            let activation = matches!(then, Then::Activate | Then::Gate).then_some(self.encoder.activation);
             let finish = Finish { dequantize, bias: &linear.bias[columns.clone()], activation, out };
             let tile = tile.rows_mut(rows.len());
             // SAFETY: these columns are this member's, and the places have room for all rows of all columns; the path has what
             // it is asked for, and f32 is not stored as bf16.
             unsafe {
+                if matches!(then, Then::Gate) {
+                    return finish_gated(tile, finish);
+                }
                 #[cfg(target_arch = "x86_64")]
                 if is_narrow {
                     return finish_narrowly(tile, finish);
@@ -266,5 +365,13 @@ impl Group<'_> {
             unsafe { multiply(left, right, first..(first + at_once).min(panels.end), done) };
             self.take_a_break(member);
         }
+    }
+}
+
+/// A row by its kind of norm.
+fn norm_any(row: &mut [f32], norm: &NormWeights<'_>) {
+    match norm.kind {
+        NormKind::Layer => norm_row(row, norm.weight, norm.bias, norm.eps),
+        NormKind::Rms => rms_norm_row(row, norm.weight, norm.eps),
     }
 }

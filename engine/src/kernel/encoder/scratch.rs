@@ -15,30 +15,41 @@ const SPARE: usize = 1;
 pub(super) struct Scratch {
     tokens: usize,
     /// Bytes of a row in each block, which say for what encoder it was made.
-    row_bytes: [usize; 5],
+    row_bytes: [usize; 7],
     qkv: Block,
     context: Block,
     wide: Block,
     /// The left side of products in bf16 or int8: hidden state or context, then what the activation gave.
     narrow_left: Block,
     wide_left: Block,
+    /// The same for contexts, where they are not as wide as the hidden state.
+    context_left: Block,
+    /// What the norm before a block gives, in pre-norm models.
+    normed: Block,
     /// int8: scale and zero of each row of the left side.
     row_scales: Block,
 }
 
 impl Scratch {
-    fn row_bytes(encoder: &EncoderWeights<'_>) -> [usize; 5] {
+    fn row_bytes(encoder: &EncoderWeights<'_>) -> [usize; 7] {
         let (width, wide) = (encoder.width(), encoder.wide);
+        let (inner, qkv) = (encoder.shape.context_dim(), encoder.shape.qkv_dim());
         let left = |inputs: usize| encoder.precision.padded(inputs) * encoder.precision.element_bytes();
         // As `Group::run` uses them.
         let is_narrow = path().has_bf16();
-        match encoder.precision {
-            Precision::F32 => [12 * width, 4 * width, 4 * wide, 0, 0],
-            Precision::Bf16 if is_narrow => [6 * width, 0, 0, left(width), left(wide)],
-            Precision::Bf16 => [12 * width, 4 * width, 0, left(width), left(wide)],
-            Precision::Int8 if is_narrow => [6 * width, 4 * width, 4 * wide, left(width), left(wide)],
-            Precision::Int8 => [12 * width, 4 * width, 4 * wide, left(width), left(wide)],
-        }
+        let [qkv, context, wide, narrow_left, wide_left] = match encoder.precision {
+            Precision::F32 => [4 * qkv, 4 * inner, 4 * wide, 0, 0],
+            Precision::Bf16 if is_narrow => [2 * qkv, 0, 0, left(width), left(wide)],
+            Precision::Bf16 => [4 * qkv, 4 * inner, 0, left(width), left(wide)],
+            Precision::Int8 if is_narrow => [2 * qkv, 4 * inner, 4 * wide, left(width), left(wide)],
+            Precision::Int8 => [4 * qkv, 4 * inner, 4 * wide, left(width), left(wide)],
+        };
+        let context_left = match encoder.precision {
+            Precision::Bf16 | Precision::Int8 if inner != width => left(inner),
+            _ => 0,
+        };
+        let normed = if encoder.is_pre_norm { 4 * width } else { 0 };
+        [qkv, context, wide, narrow_left, wide_left, context_left, normed]
     }
 
     /// Memory for at least `tokens` tokens: a kept one that fits, or a new one.
@@ -57,8 +68,20 @@ impl Scratch {
         drop(kept);
         let tokens = tokens.next_multiple_of(TILE_ROWS);
         let rows = |bytes: usize| Block::zeroed((tokens + TILE_ROWS) * bytes);
-        let [qkv, context, wide, narrow_left, wide_left] = row_bytes.map(rows);
-        Scratch { tokens, row_bytes, qkv, context, wide, narrow_left, wide_left, row_scales: rows(8) }
+        let [qkv, context, wide, narrow_left, wide_left, context_left, normed] = row_bytes.map(rows);
+        let row_scales = rows(8);
+        Scratch {
+            tokens,
+            row_bytes,
+            qkv,
+            context,
+            wide,
+            narrow_left,
+            wide_left,
+            context_left,
+            normed,
+            row_scales,
+        }
     }
 
     /// Keeps it for the next call, one for each of `threads` and [`SPARE`] for breaks.
@@ -76,6 +99,8 @@ impl Scratch {
             wide: self.wide.start(),
             narrow_left: self.narrow_left.start(),
             wide_left: self.wide_left.start(),
+            context_left: self.context_left.start(),
+            normed: self.normed.start(),
             row_scales: self.row_scales.start(),
         }
     }
@@ -100,5 +125,7 @@ pub(super) struct Places {
     pub(super) wide: Place,
     pub(super) narrow_left: Place,
     pub(super) wide_left: Place,
+    pub(super) context_left: Place,
+    pub(super) normed: Place,
     pub(super) row_scales: Place,
 }
