@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent / "tiny_generators"
-PROMPTS = ["The quick brown fox jumps", "it's 2026: élèves 敏捷", "  a  b\nlazy dog "]
+PROMPTS = ["The quick brown fox jumps", "it's 2026: élèves 敏捷", "a  b\nlazy dog "]
 torch.set_num_threads(1)
 
 
