@@ -403,8 +403,8 @@ impl Generator {
             match phase {
                 Phase::Prompt(done) => {
                     let until = prompt.len().min(*done + rows.left);
-                    for position in *done..until {
-                        rows.add(prompt[position], sequence, position, position, Sees::First(position + 1))?;
+                    for (position, id) in prompt.iter().enumerate().take(until).skip(*done) {
+                        rows.add(*id, sequence, position, position, Sees::First(position + 1))?;
                     }
                     rows.left -= until - *done;
                     if until == prompt.len() && until > *done {
