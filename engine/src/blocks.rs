@@ -69,6 +69,16 @@ fn scale(bytes: &[u8], at: usize) -> f32 {
     f16::from_bits(u16::from_le_bytes([bytes[at], bytes[at + 1]])).to_f32()
 }
 
+/// Whether all scales of whole blocks are finite, so that all their numbers are.
+pub(crate) fn is_finite(kind: BlockKind, blocks: &[u8]) -> bool {
+    let scales: &[usize] = match kind {
+        BlockKind::Q8_0 | BlockKind::Q4_0 => &[0],
+        BlockKind::Q4K => &[0, 2],
+        BlockKind::Q6K => &[208],
+    };
+    blocks.chunks_exact(kind.bytes()).all(|block| scales.iter().all(|at| scale(block, *at).is_finite()))
+}
+
 /// The numbers of whole blocks, as many as `out` has room for. Formulas as in ggml's `dequantize_row_…`.
 ///
 /// # Panics

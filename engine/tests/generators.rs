@@ -97,6 +97,55 @@ fn tokens_and_texts_are_those_of_transformers() {
 }
 
 #[test]
+fn gguf_files_give_the_tokens_of_their_weights_dequantised() {
+    for name in ["gguf_qwen3", "gguf_llama"] {
+        let generator = generator(name);
+        for case in expected(name)["cases"].as_array().expect("cases") {
+            let prompt = case["prompt"].as_str().expect("prompt");
+            let answer =
+                generator.generate(&Prompt::Text(prompt), &options(&case["options"])).expect("generates");
+            assert_eq!(answer.prompt_tokens, ids(&case["prompt_ids"]).len(), "{name}: {prompt:?}");
+            assert_eq!(answer.token_ids, ids(&case["ids"]), "{name}: {prompt:?}");
+            assert_eq!(answer.text, case["text"].as_str().expect("text"), "{name}: {prompt:?}");
+        }
+        let image = compile(&stored(name), Precision::Bf16).expect("compiles");
+        let checked = shm_layout::image::CheckedImage::new(&image).expect("an image");
+        let blocks = checked.tensors().filter(|tensor| tensor.dtype == shm_layout::image::DType::Blocks);
+        assert!(blocks.count() >= 8, "{name}: blocks were not kept");
+    }
+    assert!(generator("gguf_qwen3").info().has_chat_template);
+}
+
+#[test]
+fn spoiled_gguf_files_are_refused_by_name() {
+    let copied = copy("gguf_qwen3");
+    let path = copied.path().join("model.gguf");
+    let good = std::fs::read(&path).expect("read");
+    let error = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).expect("write");
+        compile(copied.path(), Precision::F32).expect_err("spoiled").to_string()
+    };
+    assert!(error(&good[..good.len() / 2]).contains("model.gguf"));
+    assert!(error(b"GGUF").contains("model.gguf"));
+    let replaced = |from: &str, to: &str| {
+        let at = good.windows(from.len()).position(|window| window == from.as_bytes()).expect("there");
+        let mut bytes = good.clone();
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        error(&bytes)
+    };
+    assert!(replaced("blk.1.attn_k.weight", "blk.1.attn_x.weight").contains("k_proj"));
+    // A scale that is not a number: the last tensor's last block.
+    let mut bytes = good.clone();
+    let at = bytes.len() - 34;
+    let text = String::from_utf8_lossy(&good);
+    assert!(text.contains("general.architecture"));
+    bytes[at..].chunks_exact_mut(34).for_each(|block| block[..2].copy_from_slice(&[0xff, 0x7f]));
+    assert!(error(&bytes).contains("finite"));
+    std::fs::write(copied.path().join("other.gguf"), &good).expect("write");
+    assert!(error(&good).contains("more than one"));
+}
+
+#[test]
 fn company_changes_no_answer_and_pieces_make_up_the_text() {
     let lower =
         ["t5_gated", "qwen3"].into_iter().flat_map(|name| [(name, Precision::Bf16), (name, Precision::Int8)]);

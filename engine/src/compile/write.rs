@@ -5,6 +5,7 @@ use super::error::CompileError;
 use super::plan::{Make, Plan, PlannedTensor};
 use super::tables::rotary_angles;
 use super::{CompileProgress, ImageSink};
+use crate::blocks::{BlockKind, is_finite};
 use crate::packing::{PANEL_COLUMNS, Precision, pack_panel, weight_scale, weight_sum};
 use half::{bf16, f16};
 use shm_layout::image::content_hash_range;
@@ -145,7 +146,7 @@ fn concat(
     Ok(())
 }
 
-/// Writes the sources' bytes as they are, as many as the tensor has.
+/// Writes the sources' blocks as they are, as many as the tensor has.
 fn copy(
     tensor: &PlannedTensor,
     checkpoint: &Checkpoint,
@@ -153,11 +154,17 @@ fn copy(
 ) -> Result<(), CompileError> {
     let mut left = tensor.len_bytes();
     let mut raw = Vec::new();
-    for (_, source) in &tensor.sources {
+    for (name, source) in &tensor.sources {
+        let Some(kind) = BlockKind::from_name(&source.dtype) else { continue };
+        // Whole blocks at once, so that each can be checked.
+        let most = BLOCK_BYTES / kind.bytes() as u64 * kind.bytes() as u64;
         let mut offset = source.offset;
         while left > 0 {
-            raw.resize(left.min(BLOCK_BYTES) as usize, 0);
+            raw.resize(left.min(most) as usize, 0);
             checkpoint.files[source.file].read_at(&mut raw, offset)?;
+            if !is_finite(kind, &raw) {
+                return Err(CompileError::NotFinite { name: name.clone() });
+            }
             stream.write(&raw)?;
             offset += raw.len() as u64;
             left -= raw.len() as u64;

@@ -48,6 +48,8 @@ pub const MAX_STEP_PROMPT_TOKENS: usize = 128;
 pub const MAX_STEP_GENERATIONS: usize = 32;
 /// Rows of logits that are in memory at once.
 const MAX_LOGIT_ROWS: usize = 32;
+/// Length of an image, bytes, from which on a step is computed on all threads; below it waking them costs more than they save.
+const MIN_PARALLEL_BYTES: u64 = 4 << 20;
 /// The probe's text: some words, some numbers, more than one script.
 const PROBE_TEXT: &str = "The quick brown fox jumps over 13 lazy dogs; 敏捷的棕色狐狸.";
 /// Tokens that the probe generates.
@@ -284,7 +286,7 @@ impl Generator {
         }
         let words = self.words()?;
         for batch in batch.chunks_mut(MAX_STEP_GENERATIONS) {
-            pool().run_alone(true, |threads| {
+            pool().run_alone(self.info.image_bytes >= MIN_PARALLEL_BYTES, |threads| {
                 let spent = self.encode(threads, batch)?;
                 self.decode(threads, batch, words, MAX_STEP_PROMPT_TOKENS.saturating_sub(spent))
             })?;
@@ -401,8 +403,8 @@ impl Generator {
             match phase {
                 Phase::Prompt(done) => {
                     let until = prompt.len().min(*done + rows.left);
-                    for position in *done..until {
-                        rows.add(prompt[position], sequence, position, position, Sees::First(position + 1))?;
+                    for (position, id) in prompt.iter().enumerate().take(until).skip(*done) {
+                        rows.add(*id, sequence, position, position, Sees::First(position + 1))?;
                     }
                     rows.left -= until - *done;
                     if until == prompt.len() && until > *done {

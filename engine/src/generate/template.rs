@@ -213,7 +213,8 @@ fn to_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String)
     let quoted = |text: &str| serde_json::to_string(text).map_err(|_| bad("tojson of a broken text"));
     match value.kind() {
         ValueKind::None => out.push_str("null"),
-        ValueKind::Bool | ValueKind::Number => out.push_str(&value.to_string()),
+        ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
+        ValueKind::Number => out.push_str(&value.to_string()),
         ValueKind::String => out.push_str(&quoted(value.as_str().unwrap_or_default())?),
         ValueKind::Seq | ValueKind::Iterable => {
             out.push('[');

@@ -7,14 +7,16 @@ use tokenizers::Tokenizer;
 
 /// What decoding puts where bytes are no whole character yet.
 const INCOMPLETE: char = '\u{fffd}';
-/// Tokens that may wait for the rest of a character; more are broken text, which is handed out as it is.
-const MAX_WAITING_TOKENS: usize = 16;
+/// Tokens that may wait for the rest of a character or of a run of bytes; more are broken text, which is handed out as it is.
+const MAX_WAITING_TOKENS: usize = 64;
 
 /// A generator's tokenizer.
 pub(crate) struct Words {
     tokenizer: Tokenizer,
     before: Vec<u32>,
     after: Vec<u32>,
+    /// Tokens that are single bytes: what a run of them says is known at its end only. Sorted; empty for byte-level tokenizers.
+    bytes: Vec<u32>,
     vocab_size: usize,
 }
 
@@ -25,7 +27,10 @@ impl Words {
         tokenizer.with_padding(None);
         contained(|| tokenizer.with_truncation(None).map(|_| ()))?;
         let (before, after) = surroundings(&tokenizer)?;
-        let words = Words { tokenizer, before, after, vocab_size };
+        let mut bytes: Vec<u32> =
+            (0..=255).filter_map(|byte: u8| tokenizer.token_to_id(&format!("<0x{byte:02X}>"))).collect();
+        bytes.sort_unstable();
+        let words = Words { tokenizer, before, after, bytes, vocab_size };
         words.check(words.before.iter().chain(&words.after))?;
         Ok(words)
     }
@@ -111,7 +116,9 @@ impl Streamed {
         // Decoders look at neighbours only, so a few ids before the new ones are enough to know how these begin.
         let before = words.text(&ids[self.window_start..self.known_ids])?;
         let now = words.text(&ids[self.window_start..])?;
-        let waits = now.ends_with(INCOMPLETE) && ids.len() - self.known_ids <= MAX_WAITING_TOKENS;
+        let is_byte = ids.last().is_some_and(|id| words.bytes.binary_search(id).is_ok());
+        let waits =
+            (is_byte || now.ends_with(INCOMPLETE)) && ids.len() - self.known_ids <= MAX_WAITING_TOKENS;
         if waits && !is_last {
             return Ok(());
         }

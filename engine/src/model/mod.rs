@@ -204,7 +204,12 @@ impl Model {
             {
                 // The tables do not say how two texts are put together; to find it the whole file is read.
                 let pair = (self.info.task == Task::Classify).then(|| pair_fringes_of(json)).flatten();
-                return TextEncoder::over_tables(tables, self.network.config(), self.info.max_seq_tokens, pair);
+                return TextEncoder::over_tables(
+                    tables,
+                    self.network.config(),
+                    self.info.max_seq_tokens,
+                    pair,
+                );
             }
             TextEncoder::new(json, self.network.config(), self.info.max_seq_tokens, self.lower_case)
         };

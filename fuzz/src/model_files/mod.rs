@@ -13,6 +13,9 @@ mod error;
 #[path = "../../../engine/src/compile/folder.rs"]
 mod folder;
 #[allow(dead_code, unused_imports)]
+#[path = "../../../engine/src/compile/gguf.rs"]
+mod gguf;
+#[allow(dead_code, unused_imports)]
 #[path = "../../../engine/src/compile/sentence.rs"]
 mod sentence;
 #[allow(dead_code, unused_imports)]
@@ -49,7 +52,7 @@ fn with_file(name: &str, bytes: &[u8], check: impl FnOnce(&mut folder::ModelFold
 /// First byte chooses the file, the rest is its content.
 pub fn run(data: &[u8]) {
     let Some((kind, bytes)) = data.split_first() else { return };
-    match kind % 6 {
+    match kind % 7 {
         0 => {
             if let Ok(config) = EncoderConfig::from_json(bytes) {
                 assert!(config.head_dim() > 0 && config.max_tokens() > 0 && config.vocab_size > 0);
@@ -75,6 +78,13 @@ pub fn run(data: &[u8]) {
         4 => with_file("modules.json", bytes, |opened| {
             let _ = sentence::SentenceSettings::read(opened);
         }),
+        6 => {
+            if let Ok(header) = gguf::parse(bytes, bytes.len() as u64) {
+                for tensor in header.tensors.values() {
+                    assert!(tensor.offset <= bytes.len() as u64);
+                }
+            }
+        }
         _ => {
             let modules =
                 br#"[{"path":"","type":"models.Transformer"},{"path":"1_Pooling","type":"models.Pooling"}]"#;
@@ -149,6 +159,21 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
     add("modules-escape", 4, br#"[{"path":"../..","type":"Transformer"},{"path":"/etc","type":"Pooling"}]"#);
     add("pooling", 5, br#"{"word_embedding_dimension":384,"pooling_mode_cls_token":false,"pooling_mode_mean_tokens":true,"pooling_mode_max_tokens":false,"pooling_mode_mean_sqrt_len_tokens":false}"#);
     add("pooling-none", 5, br#"{"word_embedding_dimension":-1}"#);
+    let mut gguf = b"GGUF\x03\0\0\0".to_vec();
+    gguf.extend(1u64.to_le_bytes());
+    gguf.extend(1u64.to_le_bytes());
+    for (text, rest) in
+        [("general.alignment", &[4, 0, 0, 0, 32, 0, 0, 0][..]), ("output.weight", &[1, 0, 0, 0])]
+    {
+        gguf.extend((text.len() as u64).to_le_bytes());
+        gguf.extend(text.as_bytes());
+        gguf.extend(rest);
+    }
+    gguf.extend(32u64.to_le_bytes());
+    gguf.extend([8, 0, 0, 0]);
+    gguf.extend([0; 8]);
+    gguf.resize(gguf.len().next_multiple_of(32) + 34, 0);
+    add("gguf", 6, &gguf);
     seeds
 }
 

@@ -1,7 +1,7 @@
 //! A world around a core, without processes: it does what the core says, and remembers what clients were told.
 
-mod lifecycle;
 mod devices;
+mod lifecycle;
 mod provided;
 mod random;
 mod reconfigure;

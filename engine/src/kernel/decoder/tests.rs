@@ -48,7 +48,7 @@ fn products_are_right_in_all_precisions_and_blocks() {
     for path in available() {
         with_path(path, || {
             for (precision, allowed) in
-                [(Precision::F32, 1e-6), (Precision::Bf16, 1e-3), (Precision::Int8, 2e-3)]
+                [(Precision::F32, 3e-6), (Precision::Bf16, 1e-3), (Precision::Int8, 2e-3)]
             {
                 let (panels, scales, sums) = packed(precision, &weights, inputs);
                 let matrix = Matrix::Packed { precision, panels: &panels, scales: &scales, sums: &sums };
@@ -74,7 +74,7 @@ fn products_are_right_in_all_precisions_and_blocks() {
                 let dense = Dense { matrix: Matrix::Blocks { kind, bytes: &bytes }, inputs, outputs };
                 for rows in [1, 5, 33] {
                     let error = error_of(&dense, &exact, rows);
-                    assert!(error < 1e-6, "{path:?} {kind:?} {rows}: {error}");
+                    assert!(error < 3e-6, "{path:?} {kind:?} {rows}: {error}");
                 }
                 let mut row = vec![0.0; inputs];
                 row_of(&dense, 44, &mut row).expect("a row");
@@ -149,7 +149,17 @@ fn steps_that_do_not_fit_are_refused() {
     let row =
         |slot: usize, seen: usize| StepRow { sequence: 0, slot, position: slot, sees: Sees::First(seen) };
     let good = [row(0, 1), row(1, 2)];
-    assert!(run(&good, 4 * 64, 4, 64).expect("fits").iter().all(|value| value.is_finite()));
+    let alone = run(&good, 4 * 64, 4, 64).expect("fits");
+    assert!(alone.iter().all(|value| value.is_finite()));
+    // A team of two gives the same bits.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads");
+    let (mut cache, mut hidden) = (vec![0.0; 4 * 64], vec![0.5; 64]);
+    pool.install(|| {
+        let mut kept = [Kept { cache: &mut cache, slots: 4, cross: None }];
+        let step = Step { rows: &good, angles: &[], bias: None, layers: 0..1 };
+        run_stack(2, &stack, &step, &mut kept, &mut hidden).expect("fits");
+    });
+    assert_eq!(alone, hidden);
     assert!(run(&good, 4 * 64 - 1, 4, 64).is_err());
     assert!(run(&good, 4 * 64, 4, 63).is_err());
     assert!(run(&[row(0, 1), row(0, 1)], 4 * 64, 4, 64).is_err());
