@@ -141,6 +141,8 @@ pub struct ModelSettings {
     pub shared: bool,
     /// Where it is wished to compute.
     pub device: DeviceChoice,
+    /// Whether its vectors are kept, where caches are on at all.
+    pub cache: bool,
 }
 
 impl ModelSettings {
@@ -155,6 +157,7 @@ impl ModelSettings {
             unload_after: None,
             shared: true,
             device: DeviceChoice::Auto,
+            cache: true,
         }
     }
 }
@@ -201,6 +204,8 @@ pub struct BrokerConfig {
     pub memory_budget_bytes: Option<u64>,
     /// Whether loads, unloads and their like are logged.
     pub log_model_usage: bool,
+    /// Whether memory that grows short is told as an alert.
+    pub memory_monitoring: bool,
     /// Called once, when the socket accepts connections.
     pub on_ready: Option<Box<dyn FnOnce() + Send>>,
     /// Reads the configuration again, for SIGHUP and for clients that ask for it; `None`: they are told that it cannot be.
@@ -241,6 +246,7 @@ impl BrokerConfig {
             max_shared_models: DEFAULT_MAX_SHARED_MODELS,
             memory_budget_bytes: None,
             log_model_usage: true,
+            memory_monitoring: true,
             on_ready: None,
             on_reload: None,
         }
@@ -270,6 +276,7 @@ impl std::fmt::Debug for BrokerConfig {
             .field("max_shared_models", &self.max_shared_models)
             .field("memory_budget_bytes", &self.memory_budget_bytes)
             .field("log_model_usage", &self.log_model_usage)
+            .field("memory_monitoring", &self.memory_monitoring)
             .finish_non_exhaustive()
     }
 }
@@ -375,7 +382,7 @@ pub struct Limits {
     /// How long jobs, and requests for leases, wait for a model that nobody provides just now. Beyond: `MODEL_UNAVAILABLE`, or
     /// `MODEL_NOT_FOUND` where nobody ever has.
     pub provider_return: Duration,
-    /// A provider's process that was up for so long counts as one that worked, and is started anew at once.
+    /// A provider's process that was up for so long, or answered anything, is started anew at once when it ends.
     pub provider_healthy_after: Duration,
     /// First delay of the restart of a provider's process that ended early; doubles with each further one.
     pub provider_backoff_base: Duration,

@@ -20,6 +20,8 @@ pub struct LiveSettings {
     pub memory_budget_bytes: Option<u64>,
     /// Whether loads, unloads and their like are logged.
     pub log_model_usage: bool,
+    /// Whether memory that grows short is told as an alert.
+    pub memory_monitoring: bool,
     /// Leave when no session existed for so long.
     pub idle_exit: Option<Duration>,
     /// Vectors that the caches of models loaded from now on hold.
@@ -41,6 +43,7 @@ impl LiveSettings {
             max_shared_models: config.max_shared_models,
             memory_budget_bytes: config.memory_budget_bytes,
             log_model_usage: config.log_model_usage,
+            memory_monitoring: config.memory_monitoring,
             idle_exit: config.idle_exit,
             cache_entries: config.cache_entries,
             cache_ttl: config.cache_ttl,

@@ -181,6 +181,9 @@ pub(crate) struct ServeArgs {
     /// A client started it: `--idle-exit` and `--log-file` hold only where the configuration says nothing
     #[arg(long, hide = true)]
     pub(crate) started_by_client: bool,
+    /// Keep a process running that provides the model custom/NAME; may be given several times
+    #[arg(long = "provider", value_name = "ID=COMMAND", value_parser = crate::commands::provided::parse_command)]
+    pub(crate) providers: Vec<broker::ProviderCommand>,
     /// Leave the engine readable for this user's other processes, so that its memory can be counted
     #[arg(long, hide = true)]
     pub(crate) inspectable: bool,

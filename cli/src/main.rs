@@ -27,6 +27,7 @@ fn wants_json(command: &args::Command) -> bool {
     use args::Command;
     match command {
         Command::Status(args) | Command::Models(args) | Command::ReloadConfig(args) => args.json,
+        Command::Model(args) => args.json,
         Command::Config(args) => args.json,
         Command::Doctor(args) => args.json,
         Command::Summarize(args) => args.json,

@@ -148,6 +148,12 @@ pub trait Compute: Send + Sync + 'static {
     /// # Errors
     /// [`ComputeError`] when the model no longer computes what it should.
     fn probe(&self) -> Result<(), ComputeError>;
+
+    /// Whether [`Compute::probe`] should be asked as soon as nobody waits for an answer, though nothing failed: a model that
+    /// left its first probe out of loading.
+    fn wants_probe(&self) -> bool {
+        false
+    }
 }
 
 /// An image as the broker hands it over; nothing of it is checked yet.

@@ -13,6 +13,10 @@ use shm_os::image_backing::{BackingKind, map_published};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Length of an image from which on its first probe waits until the first answer is out.
+const LATE_PROBE_BYTES: u64 = 512 << 20;
 
 /// Loads images with the crate `engine`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -40,6 +44,8 @@ enum Kind {
 pub(crate) struct EngineModel {
     kind: Kind,
     image: Arc<MappedImage>,
+    /// Whether it was probed: what later probes are compared with is there.
+    probed: AtomicBool,
 }
 
 impl std::fmt::Debug for EngineModel {
@@ -108,9 +114,15 @@ impl Loader for EngineLoader {
                 Kind::Writer(Box::new(Generator::load(bytes()).map_err(|error| unusable(&error))?))
             }
         };
-        let loaded = EngineModel { kind, image };
-        // Builds the tokenizer, shows that the model computes, and is what later probes are compared with.
-        loaded.probe()?;
+        let loaded = EngineModel { kind, image, probed: AtomicBool::new(false) };
+        match &loaded.kind {
+            // Reading all weights takes as long as the first answer: that comes first, and is checked as every one is.
+            Kind::Reader(model) if model.info().image_bytes >= LATE_PROBE_BYTES => {
+                model.warm().map_err(|error| ComputeError::new(Code::ModelInvalid, error.to_string()))?;
+            }
+            // Builds the tokenizer, shows that the model computes, and is what later probes are compared with.
+            _ => loaded.probe()?,
+        }
         Ok(loaded)
     }
 }
@@ -255,13 +267,19 @@ impl Compute for EngineModel {
         self.reader()?.token_spans(text).map_err(|error| refusal(&error))
     }
 
+    fn wants_probe(&self) -> bool {
+        !self.probed.load(Ordering::Relaxed)
+    }
+
     fn probe(&self) -> Result<(), ComputeError> {
         let probed = match &self.kind {
             Kind::Reader(model) => model.probe(),
             Kind::Writer(model) => model.probe(),
         };
         probed.map_err(|error| ComputeError::new(Code::ModelInvalid, error.to_string()))?;
-        self.check_image()
+        self.check_image()?;
+        self.probed.store(true, Ordering::Relaxed);
+        Ok(())
     }
 }
 

@@ -179,7 +179,12 @@ impl<L: Loader> Host<L> {
             Moment::Free => batch::probe(&served.model),
             Moment::Break => served.model.on_this_thread(|| batch::probe(&served.model)),
         };
-        if needs_probe && let Err(error) = probe() {
+        // Nobody waits for this one; a model that never passed has only itself to blame, not this engine.
+        if served.model.wants_probe() {
+            if let Err(error) = probe() {
+                tracing::error!(generation = batch.generation, %error, "a model fails its first probe");
+            }
+        } else if needs_probe && let Err(error) = probe() {
             // What is not answered stays in its lane, or with the broker, for the engine that replaces this one.
             return self.stop(Err(HostError::ModelBroken { reason: error.message }));
         }

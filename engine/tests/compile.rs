@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{CHECKPOINTS, compile, compile_error, copy, stored};
+use common::{CHECKPOINTS, CLASSIFIERS, compile, compile_error, copy, stored};
 use engine::{CompileError, CompileOptions, ImageSink, Model, VerifyError, compile_folder, verify_image};
 use proptest::prelude::*;
 use shm_layout::image::{CheckedImage, HeapImage, PAGE_ALIGN_BYTES, Pooling};
@@ -208,6 +208,91 @@ impl ImageSink for FullDisk {
         self.left = self.left.checked_sub(bytes.len() as u64).ok_or(io::ErrorKind::StorageFull)?;
         Ok(())
     }
+}
+
+/// Stored checkpoints of one file, with the names of the tensors of the first layer and of those outside of layers.
+fn whole_checkpoints() -> impl Iterator<Item = (&'static str, Vec<String>)> {
+    CHECKPOINTS.into_iter().chain(CLASSIFIERS).filter_map(|name| {
+        let bytes = std::fs::read(stored(name).join("model.safetensors")).ok()?;
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+        let names = tensors.names().into_iter().map(ToString::to_string);
+        let later = |name: &String| {
+            !["layer.1.", "layers.1.", "layers.2.", "layers.3."].iter().any(|l| name.contains(l))
+        };
+        // An embedder does not use BERT's pooler.
+        let is_used = |tensor: &String| name.ends_with("reranker") || !tensor.contains("pooler.");
+        Some((name, names.filter(later).filter(is_used).collect()))
+    })
+}
+
+#[test]
+fn no_tensor_of_any_family_can_be_missing_or_of_another_shape() {
+    for (name, tensors) in whole_checkpoints() {
+        for tensor in tensors {
+            let folder = copy(name);
+            edit_tensors(folder.path(), |all| all.retain(|(found, ..)| *found != tensor));
+            let error = compile_error(folder.path());
+            let bare = tensor.rsplit('.').take(2).collect::<Vec<_>>();
+            assert!(bare.iter().all(|part| error.contains(part)), "{name} without {tensor}: {error}");
+            let folder = copy(name);
+            edit_tensors(folder.path(), |all| {
+                let (_, _, shape, _) = all.iter_mut().find(|(found, ..)| *found == tensor).expect("there");
+                *shape = vec![shape.iter().product(), 1];
+            });
+            let error = compile_error(folder.path());
+            assert!(error.contains(&tensor) && error.contains("shape"), "{name} {tensor}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_number_that_is_none_is_found_in_every_family() {
+    for (name, tensors) in whole_checkpoints() {
+        for tensor in tensors {
+            let folder = copy(name);
+            edit_tensors(folder.path(), |all| {
+                let (_, dtype, _, data) = all.iter_mut().find(|(found, ..)| *found == tensor).expect("there");
+                let nan: &[u8] =
+                    if *dtype == safetensors::Dtype::F32 { &[0, 0, 0xc0, 0x7f] } else { &[0xc0, 0x7f] };
+                let at = data.len() - nan.len();
+                data[at..].copy_from_slice(nan);
+            });
+            let error = compile_error(folder.path());
+            assert!(error.contains(&tensor) && error.contains("not finite"), "{name} {tensor}: {error}");
+        }
+    }
+}
+
+#[test]
+fn what_is_around_an_encoder_must_fit_it() {
+    let folder = copy("bert_dense");
+    edit_json(folder.path(), "2_Dense/config.json", |config| config["in_features"] = 33.into());
+    let error = compile_error(folder.path());
+    assert!(error.contains("2_Dense") && error.contains("in_features is 33"), "{error}");
+    let folder = copy("bert_dense");
+    edit_json(folder.path(), "2_Dense/config.json", |config| {
+        config["activation_function"] = "evil.Code".into()
+    });
+    assert!(compile_error(folder.path()).contains("evil.Code"));
+    let folder = copy("bert_dense");
+    std::fs::remove_file(folder.path().join("3_Dense/model.safetensors")).expect("remove");
+    assert!(compile_error(folder.path()).contains("3_Dense/model.safetensors"));
+    let folder = copy("bert_mean");
+    edit_json(folder.path(), "1_Pooling/config.json", |config| config["include_prompt"] = false.into());
+    assert!(compile_error(folder.path()).contains("include_prompt"));
+    let folder = copy("bert_mean");
+    edit_json(folder.path(), "modules.json", |modules| modules[0]["type"] = "custom_st.Transformer2".into());
+    assert!(compile_error(folder.path()).contains("trust_remote_code can only be false"));
+    // A cross-encoder's modules without a classifier would be an embedder without a pooling.
+    let folder = copy("bert_mean");
+    edit_json(folder.path(), "modules.json", |modules| *modules = serde_json::json!([modules[0]]));
+    assert!(compile_error(folder.path()).contains("no Pooling module"));
+    let folder = copy("bert_reranker");
+    edit_json(folder.path(), "config.json", |config| {
+        config["id2label"] = serde_json::json!({"0": "no", "1": "yes"});
+    });
+    let error = compile_error(folder.path());
+    assert!(error.contains("classifier") && error.contains("shape"), "{error}");
 }
 
 #[test]

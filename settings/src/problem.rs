@@ -146,7 +146,8 @@ impl Problems {
         self.list.len() + self.more
     }
 
-    pub(crate) fn into_result<T>(self, value: T) -> Result<T, Problems> {
+    pub(crate) fn into_result<T>(mut self, value: T) -> Result<T, Problems> {
+        self.list.sort_by(|a, b| a.origin.cmp(&b.origin));
         if self.list.is_empty() { Ok(value) } else { Err(self) }
     }
 }

@@ -275,8 +275,14 @@ const TABLE: &[Spec] = &[
         "compute threads of the engine; 0 = the cores that the process may use",
     )
     .flag("--threads"),
-    spec("serve.backing", Choice(BACKINGS), Preset::Text("auto"), Restart, "what weights images lie in")
-        .flag("--backing"),
+    spec(
+        "serve.backing",
+        Choice(BACKINGS),
+        Preset::Text("auto"),
+        Restart,
+        "what weights images lie in; auto = memfd, and a file for large ones",
+    )
+    .flag("--backing"),
     spec(
         "serve.cache_dir",
         Path,

@@ -101,6 +101,8 @@ codes! {
     ProviderTimeout = 51, "PROVIDER_TIMEOUT";
     /// The configuration cannot be used; what held before holds on.
     ConfigInvalid = 53, "CONFIG_INVALID";
+    /// A device that a model is to be computed on cannot be set up, or failed; the model is computed on the CPU.
+    DeviceSetupError = 54, "DEVICE_SETUP_ERROR";
 }
 
 // In a frame a code is its number as a u16, so that the numbers above are the whole of its encoding.

@@ -3,18 +3,23 @@
 //!
 //! A frame is a head of [`HEAD_BYTES`] bytes and a body. Descriptors that belong to a frame travel with its first byte.
 
+mod backing_kind;
 mod cache_messages;
 mod codec;
+mod config_messages;
 mod head;
 mod messages;
 mod model_messages;
 mod provider_messages;
+mod status_messages;
 mod task_messages;
 
 pub use bincode::{Decode, Encode};
 
+pub use backing_kind::{BackingKind, UnknownBacking};
 pub use cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
 pub use codec::{CodecError, FrameBuffer, decode_body, encode_body, encode_frame};
+pub use config_messages::ConfigurationReloaded;
 pub use head::{FrameHead, HEAD_BYTES, HEAD_FIELDS, HeadError, MAGIC, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 pub use messages::*;
 pub use model_messages::*;
@@ -22,4 +27,5 @@ pub use provider_messages::{
     PROVIDED_GENERATION, PROVIDED_PREFIX, Provide, ProvidedReport, ProvidedTotals, ProviderChildReport,
     ProviderJob, ProviderReport, is_provided,
 };
+pub use status_messages::{EngineReport, EngineTotals, ModelReport, ModelState, SessionReport, StatusReport};
 pub use task_messages::*;

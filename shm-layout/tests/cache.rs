@@ -173,6 +173,19 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(step, 1..if cfg!(miri) { 20 } else { 200 })
 }
 
+#[test]
+fn readers_are_told_of_the_generation_that_takes_over() {
+    let geometry = CacheGeometry::for_entries(8, 5).unwrap();
+    let memory = Arc::new(HeapCacheMemory::new(geometry.region_bytes()));
+    let writer = CacheWriter::create(Arc::clone(&memory), geometry, 8, 9).unwrap();
+    let early = CacheReader::new(Arc::clone(&memory), 5, 9).unwrap();
+    assert_eq!(early.superseded_by(), None);
+    writer.supersede(7);
+    assert_eq!(early.superseded_by(), Some(7));
+    let late = CacheReader::new(memory, 5, 9).unwrap();
+    assert_eq!(late.superseded_by(), Some(7));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 128 }, failure_persistence: None, ..ProptestConfig::default() })]
 

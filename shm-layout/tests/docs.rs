@@ -156,7 +156,16 @@ fn codes() -> String {
 
 /// Every type of messages.rs and its neighbours that is encoded, field by field in the order of its encoding.
 fn messages() -> String {
-    let files = ["messages", "cache_messages", "model_messages", "provider_messages", "task_messages"];
+    let files = [
+        "messages",
+        "backing_kind",
+        "status_messages",
+        "cache_messages",
+        "model_messages",
+        "provider_messages",
+        "task_messages",
+        "config_messages",
+    ];
     // The tests at a file's end would hide what comes behind them.
     let texts = files.map(|name| {
         let text = source(&format!("shm-layout/src/wire/{name}.rs"));
@@ -387,6 +396,7 @@ fn limits_document_is_what_the_constants_say() {
         ("socket", constants("shm-os/src/socket.rs", max)),
         ("memfd", constants("shm-os/src/memfd.rs", max)),
         ("engine-config", constants("engine/src/config/mod.rs", max)),
+        ("engine-families", constants("engine/src/config/families.rs", max)),
         ("engine-checkpoint", constants("engine/src/compile/checkpoint.rs", max)),
         ("engine-tokenizer", constants("engine/src/compile/tokenizer_check.rs", max)),
         (
@@ -437,6 +447,8 @@ fn limits_document_is_what_the_constants_say() {
         ("sdk-fallback", constants("worker-sdk/src/fallback.rs", |name| name.starts_with("RETURN_"))),
         ("sdk-split", constants("worker-sdk/src/split.rs", any)),
         ("sdk-seat", constants("worker-sdk/src/seat.rs", any)),
+        ("sdk-provider", constants("worker-sdk/src/provider.rs", any)),
+        ("provided-jobs", constants("broker/src/core/provided_jobs.rs", any)),
         ("pipeline", constants("doc-pipeline/src/limits.rs", any)),
         ("settings", constants("settings/src/limits.rs", any)),
         ("reload", constants("broker/src/core/reconfigure.rs", max)),

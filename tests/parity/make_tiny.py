@@ -180,11 +180,15 @@ def classified(folder):
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 30))
     # RoBERTa and MPNet count positions from behind the padding id.
     if model.config.model_type in ("roberta", "xlm-roberta", "mpnet"):
-        limit = min(tokenizer.model_max_length, model.config.max_position_embeddings - 2)
+        padding = 1 if model.config.model_type == "mpnet" else model.config.pad_token_id
+        limit = min(tokenizer.model_max_length, model.config.max_position_embeddings - padding - 1)
 
     def logits(*texts):
         with torch.no_grad():
-            encoded = tokenizer(*texts, truncation=True, max_length=limit, return_tensors="pt")
+            # As BertTokenizer does; the plain tokenizer class leaves token types out.
+            types = dict(return_token_type_ids=model.config.model_type == "bert")
+            # Lists: an empty second text alone counts as none.
+            encoded = tokenizer(*([text] for text in texts), truncation=True, max_length=limit, return_tensors="pt", **types)
             return model(**encoded).logits[0].numpy()
 
     texts = [text for text in TEXTS + LONG if text.strip() or model.config.model_type != "qwen3"]

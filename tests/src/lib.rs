@@ -4,3 +4,5 @@
 pub mod census;
 pub mod program;
 pub mod running;
+pub mod schema;
+pub mod tiny_model;

@@ -43,6 +43,27 @@ fn build(profile_folder: &Path) {
     assert!(status.success(), "building modelbroker failed");
 }
 
+/// Path of a program of `worker-sdk/examples`, built in the profile that this test was built in.
+///
+/// # Panics
+/// When it cannot be built.
+#[must_use]
+pub fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the test has a path");
+    let profile_folder = test.parent().and_then(Path::parent).expect("a test lies in target/PROFILE/deps");
+    // As a workspace: alone it would have other features, and everything below it be built once more. Says nothing and
+    // takes no time when `cargo test --workspace` has built it.
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(workspace()).args(["build", "--quiet", "--workspace", "--example", name]);
+    cargo.arg("--target-dir").arg(profile_folder.parent().expect("a profile lies in a target folder"));
+    if profile_folder.file_name().is_some_and(|name| name == "release") {
+        cargo.arg("--release");
+    }
+    let status = cargo.status().expect("cargo can be run");
+    assert!(status.success(), "building the example {name} failed");
+    profile_folder.join("examples").join(name)
+}
+
 fn is_fresh(program: &Path) -> bool {
     let Ok(built) = program.metadata().and_then(|m| m.modified()) else { return false };
     let crates = [

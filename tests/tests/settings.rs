@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tests::program::modelbroker;
-use tests::running::{Broker, assert_ok, eventually, run_folder};
+use tests::running::{Broker, assert_ok, eventually, run_folder, run_program};
 
 /// Runs the program with this environment alone, in an empty home.
 fn run(home: &Path, environment: &[(&str, &str)], arguments: &[&str]) -> Output {
@@ -226,4 +226,48 @@ fn many_who_reload_at_once_are_all_answered() {
         }
     });
     broker.stop();
+}
+
+#[test]
+fn configured_ids_are_models_and_may_come_and_change_while_the_broker_runs() {
+    let folder = run_folder();
+    let config = folder.path().join("test-config.toml");
+    let write = |text: &str| std::fs::write(&config, text).unwrap();
+    write("[models.mine]\ntype = 'embedding'\nname = 'all-MiniLM-L6-v2'\n");
+    let broker = Broker::start(&["--config", config.to_str().unwrap(), "--cache-entries", "100"]);
+    let first = broker.run(&["embed", "--model", "mine", "a text"], b"");
+    assert_ok(&first);
+    let default = broker.run(&["embed", "a text"], b"");
+    assert_eq!(broker.status().models.iter().map(|model| model.loads).sum::<u32>(), 1, "both are one model");
+    let vector = |output: &Output| -> Value {
+        serde_json::from_slice::<Value>(&output.stdout).expect("a row")["embedding"].clone()
+    };
+    assert_eq!(vector(&first), vector(&default));
+    // Another one beside it, of which nothing is kept.
+    write(
+        "[models.mine]\ntype = 'embedding'\nname = 'all-MiniLM-L6-v2'\n\
+         [models.small]\ntype = 'embedding'\nname = 'all-MiniLM-L6-v2'\nprecision = 'int8'\ncache_embeddings = false\n",
+    );
+    assert_ok(&broker.run(&["reload-config"], b""));
+    for _ in 0..2 {
+        let output = broker.run(&["embed", "--model", "small", "a text"], b"");
+        assert_ok(&output);
+        assert_ne!(vector(&output), vector(&first), "another precision");
+    }
+    let status = broker.status();
+    let of =
+        |end: &str| status.models.iter().find(|model| model.model_id.ends_with(end)).expect("it is known");
+    assert!(of("int8").cache.is_none() && of("MiniLM-L6-v2").cache.is_some());
+    broker.stop();
+}
+
+#[test]
+fn sharing_that_is_switched_off_in_the_file_needs_no_broker() {
+    let folder = run_folder();
+    let config = folder.path().join("config.toml");
+    std::fs::write(&config, "[sharing]\nenabled = false\n").unwrap();
+    let socket = folder.path().join("b.sock");
+    let output = run_program(Some(&socket), &["embed", "--config", config.to_str().unwrap(), "a text"], b"");
+    assert_ok(&output);
+    assert!(!socket.exists(), "no broker was started");
 }

@@ -48,6 +48,11 @@ impl ClientCache {
         Some(ClientCache { reader, hits: AtomicU64::new(0), misses: AtomicU64::new(0), lane })
     }
 
+    /// Whether another generation of the model has taken the place of this one. Costs one load.
+    pub(crate) fn is_superseded(&self) -> bool {
+        self.reader.superseded_by().is_some()
+    }
+
     /// Looks every text up. Costs no system call.
     pub(crate) fn look_up<T: AsRef<str>>(&self, texts: &[T]) -> Found {
         let dim = self.reader.dim();

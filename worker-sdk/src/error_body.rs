@@ -125,6 +125,7 @@ pub const fn row_of_code(code: Code) -> ErrorRow {
         Code::ProviderFailed => row(ErrorCode::CustomModelLoadError, 502, exit::FAILED),
         Code::ProviderTimeout => row(ModelUnavailable, 504, exit::BUSY),
         Code::JobCrashedEngine | Code::BadResult | Code::Internal => row(EmbeddingError, 500, exit::FAILED),
+        Code::DeviceSetupError => row(ErrorCode::DeviceSetupError, 503, exit::FAILED),
         Code::ConfigInvalid => row(ModelNotConfigured, 422, exit::USAGE),
     }
 }

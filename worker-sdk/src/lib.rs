@@ -78,8 +78,8 @@
 //! one result is never a mixture. An engine's death is the broker's affair and is not noticed here at all.
 //!
 //! # When a model is reloaded
-//! The broker loads the new generation beside the old one, switches, and tells. Each [`Model`] takes it up by itself at a
-//! call within some milliseconds; until then the old one serves. No call fails for it. [`Client::reload_model`] orders one.
+//! The broker loads the new generation beside the old one, switches, and tells. Each [`Model`] takes it up by itself at its
+//! next call (without a cache: at a call within some milliseconds); until then the old one serves. No call fails for it. [`Client::reload_model`] orders one.
 //!
 //! # Cache
 //! A text that anybody embedded before is answered from memory that the broker shares: in this process, in microseconds,

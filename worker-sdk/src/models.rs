@@ -110,7 +110,7 @@ impl Client {
     /// Has the engine compute something known with a model, and compares.
     ///
     /// # Errors
-    /// [`SdkError::Refused`] when the model is not loaded (`MODEL_UNAVAILABLE`), computes something else (`BAD_RESULT`), or
+    /// [`SdkError::Refused`] when the model is not loaded (`MODEL_UNAVAILABLE`), computes something else (`MODEL_INVALID`, `BAD_RESULT`), or
     /// the engine does not answer within `wait` (`DEADLINE_EXCEEDED`).
     pub fn model_health(&self, name: &str, wait: Duration) -> Result<HealthyModel, SdkError> {
         let wait_ms = millis(wait);

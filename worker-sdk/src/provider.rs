@@ -92,7 +92,7 @@ impl ProviderSpec {
         self.operation(Operation::Embed)
     }
 
-    /// It takes this operation; payloads are as `docs/protocol.md` lays them out.
+    /// It takes this operation, `Call`, `Embed` or `Tokenize`; payloads are as `docs/protocol.md` lays them out.
     pub fn operation(mut self, operation: Operation) -> ProviderSpec {
         if !self.offer.operations.contains(&operation) {
             self.offer.operations.push(operation);

@@ -23,6 +23,7 @@ fn own_failures() -> Vec<SdkError> {
         SdkError::StartFailed { program: "/".into(), reason: text(), log_tail: text() },
         SdkError::Connect(text()),
         SdkError::Disconnected { reason: text(), waited: Duration::ZERO },
+        SdkError::SharingOff { reason: text() },
         SdkError::WouldBlock,
         SdkError::Argument(text()),
         SdkError::Fault { peer: "the broker", what: text() },

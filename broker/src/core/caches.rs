@@ -11,8 +11,9 @@ impl Core {
     /// Has the cache of a new generation made; the generation is offered once it is there.
     pub(super) fn make_cache(&mut self, now_ns: u64, generation: u64) {
         let Some(image) = self.models.images.get(&generation) else { return };
+        let wanted = self.models.entries.get(&image.entry).is_none_or(|entry| entry.settings.cache);
         // What is not a vector of one text is not kept.
-        if !self.config.caches || image.description.facts.task != Task::Embed {
+        if !self.config.caches || !wanted || image.description.facts.task != Task::Embed {
             self.cache_made(now_ns, generation, None);
             return;
         }

@@ -56,6 +56,8 @@ pub(crate) struct EntrySettings {
     pub(crate) unload_after: Option<Duration>,
     pub(crate) shared: bool,
     pub(crate) device: DeviceChoice,
+    /// Whether its vectors are kept.
+    pub(crate) cache: bool,
 }
 
 impl Default for EntrySettings {
@@ -67,6 +69,7 @@ impl Default for EntrySettings {
             unload_after: None,
             shared: true,
             device: DeviceChoice::Auto,
+            cache: true,
         }
     }
 }
@@ -80,6 +83,7 @@ impl From<&ModelSettings> for EntrySettings {
             unload_after: settings.unload_after,
             shared: settings.shared,
             device: settings.device,
+            cache: settings.cache,
         }
     }
 }
@@ -104,6 +108,7 @@ impl EntrySettings {
         self.kind = self.kind.or(other.kind);
         self.pinned |= other.pinned;
         self.shared |= other.shared;
+        self.cache |= other.cache;
         self.unload_after = match (self.unload_after, other.unload_after) {
             (Some(Duration::ZERO), _) | (_, Some(Duration::ZERO)) => Some(Duration::ZERO),
             (Some(a), Some(b)) => Some(a.max(b)),

@@ -158,6 +158,8 @@ pub(crate) enum Action {
     CloseImage { generation: u64 },
     /// Make the cache of a generation; answered by [`Event::CacheMade`].
     MakeCache { generation: u64, dim: u32, fingerprint: u64 },
+    /// Tell the readers of a generation's cache that another one has taken its place.
+    SupersedeCache { generation: u64, by: u64 },
     /// Keep vectors in the cache of a generation, as far as they are vectors of it.
     FillCache { generation: u64, bulk: bool, keys: Vec<CacheInsertKey>, values: Vec<u8> },
     /// Start an engine; answered by [`Event::EngineStarted`] or [`Event::EngineNotStarted`].

@@ -96,11 +96,12 @@ impl Core {
         (!after.is_zero() && !settings.pinned).then(|| nanos(after))
     }
 
-    /// Whether anybody holds, awaits or computes with the generation that new leases get.
+    /// Whether anybody awaits a model, or holds or computes with one of its generations: who holds the one before will
+    /// want the present one.
     pub(super) fn in_use(&self, id: u64) -> bool {
         let Some(entry) = self.models.entries.get(&id) else { return false };
-        let Some(generation) = entry.generation() else { return entry.is_waited_for() };
-        entry.is_waited_for() || self.leases.holds(generation) || self.relay.uses(generation)
+        let mut generations = self.models.images.iter().filter(|(_, image)| image.entry == id);
+        entry.is_waited_for() || generations.any(|(of, _)| self.leases.holds(*of) || self.relay.uses(*of))
     }
 
     /// When a loaded model is let go of if nothing happens; `None` = it is in use, or stays.

@@ -95,7 +95,7 @@ impl Core {
             errors: counted.fold(0, |sum, count| sum.saturating_add(count.count)),
             execution: engines.execution,
             memory_bytes: self.held_bytes().saturating_add(self.cache_bytes()),
-            budget_bytes: self.config.policy.memory_budget_bytes,
+            budget_bytes: self.config.policy.memory_budget_bytes.filter(|_| self.config.memory_monitoring),
         };
         for change in self.alerts.look(now_ns, figures) {
             match change {
@@ -115,7 +115,7 @@ impl Core {
         raise(&mut self.metrics.jobs_peak, self.relay.len());
     }
 
-    /// The report; the I/O side adds what the system says of processes.
+    /// The report; the I/O side adds what the system says of memory.
     pub(super) fn metrics_report(&self) -> Report {
         let metrics = &self.metrics;
         let engines = metrics.engines();
@@ -152,8 +152,6 @@ impl Core {
                 saved_bytes: saved,
                 budget_bytes: self.config.policy.memory_budget_bytes,
                 available_bytes: self.memory.available_bytes,
-                broker_pss_bytes: None,
-                engine_pss_bytes: None,
             },
         }
     }

@@ -13,6 +13,7 @@
 //! | `caches` | vector caches: made before their generation is served, filled by what engines say |
 //! | `serving` | the engine: start, hand-over of models, lanes and jobs, death and restart |
 //! | `provide`, `provided_jobs`, `provider_children` | models that clients' processes provide: who offers what, who gets which job |
+//! | `devices` | where models compute, and what is said where that is not as wished |
 //! | `leaving` | draining, idle exit, the end |
 //! | `reconfigure` | reading the configuration again: one at a time, and what it changes |
 //! | `status` | the report |
@@ -23,6 +24,7 @@ mod acquire;
 mod alerts;
 mod caches;
 mod clients;
+mod devices;
 mod engine;
 mod entry;
 mod event;
@@ -71,6 +73,8 @@ pub(crate) struct CoreConfig {
     /// Names that are loaded at start and kept.
     pub(crate) preload: Vec<String>,
     pub(crate) idle_exit: Option<Duration>,
+    /// Whether memory that grows short is told as an alert.
+    pub(crate) memory_monitoring: bool,
     pub(crate) allow_other_users: bool,
     /// Whether generations get a cache.
     pub(crate) caches: bool,
@@ -93,6 +97,7 @@ pub(crate) struct Core {
     lanes: lanes::Lanes,
     relay: relay::Relay,
     engine: engine::Engine,
+    devices: devices::Devices,
     providers: providers::Providers,
     provider_children: provider_children::ProviderChildren,
     leaving: leaving::Leaving,
@@ -126,6 +131,7 @@ impl Core {
             lanes: lanes::Lanes::default(),
             relay: relay::Relay::default(),
             engine: engine::Engine::default(),
+            devices: devices::Devices::default(),
             providers: providers::Providers::default(),
             provider_children,
             leaving: leaving::Leaving::default(),

@@ -369,7 +369,8 @@ impl Models {
     /// Whether somebody waits for a model whose image is there: only the engine is missing.
     pub(crate) fn engine_is_waited_for(&self) -> bool {
         self.entries.values().any(|e| {
-            matches!(e.state, EntryState::Loaded { .. }) && !(e.waiters.is_empty() && e.askers.is_empty())
+            let is_warming = matches!(e.reload, Some(Reload::Warming { .. }));
+            matches!(e.state, EntryState::Loaded { .. }) && (e.is_waited_for() || is_warming)
         })
     }
 }

@@ -101,10 +101,10 @@ impl Core {
 
     /// A provider answers.
     pub(super) fn provider_answered(&mut self, now_ns: u64, session: u64, answer: AnswerFrame) {
-        if !self.providers.sessions.contains_key(&session) {
+        let Some(pid) = self.providers.sessions.get(&session).map(|provider| provider.pid) else {
             self.fault(now_ns, session, Code::BadState, "an answer from a session that provides nothing");
             return;
-        }
+        };
         let relay_id = answer.job_id;
         let Some(RelayedJob {
             state: JobState::Provided { provider, since_ns, .. },
@@ -120,6 +120,7 @@ impl Core {
             );
             return;
         };
+        self.provider_children.worked(pid);
         let us = |from_ns: u64, to_ns: u64| to_ns.saturating_sub(from_ns) / 1000;
         let (queue_us, execution_us) = (us(accepted_ns, since_ns), us(since_ns, now_ns));
         let most = self.providers.models.get(&generation).map_or(0, |model| model.offer.max_output_bytes);
@@ -135,6 +136,7 @@ impl Core {
             }
             None => passed_on(answer.status, answer.payload),
         };
+        self.metrics.failed(status);
         if let Some(model) = self.providers.models.get_mut(&generation) {
             model.totals.jobs += 1;
             model.totals.errors += u64::from(status != Code::Ok);
@@ -167,6 +169,7 @@ impl Core {
             return;
         };
         let Some((session, request_id, job_id)) = self.relay.orphan(relay_id) else { return };
+        self.metrics.failed(status);
         let payload = cut(message.to_owned()).into_bytes();
         let answer = AnswerFrame { job_id, status, payload, queue_us: 0, execution_us: 0 };
         self.send(session, request_id, BrokerMessage::Answer(answer));

@@ -25,8 +25,10 @@ struct ProviderChild {
     phase: Phase,
     pid: u32,
     starts: u64,
-    /// Ends in a row soon after the start.
+    /// Ends in a row without any work done and soon after the start.
     failures: u32,
+    /// The present process answered something.
+    worked: bool,
     last_exit: Option<String>,
 }
 
@@ -43,6 +45,7 @@ impl ProviderChildren {
             pid: 0,
             starts: 0,
             failures: 0,
+            worked: false,
             last_exit: None,
         };
         ProviderChildren(model_ids.iter().map(child).collect())
@@ -58,10 +61,17 @@ impl ProviderChildren {
         self.0.iter().position(|child| child.pid == pid && pid != 0)
     }
 
+    /// A process answered a job.
+    pub(crate) fn worked(&mut self, pid: u32) {
+        if let Some(child) = self.of_pid(pid).and_then(|child| self.0.get_mut(child)) {
+            child.worked = true;
+        }
+    }
+
     fn ended(&mut self, child: usize, why: String, now_ns: u64, limits: &Limits) {
         let Some(child) = self.0.get_mut(child) else { return };
         let Phase::Up { since_ns } = child.phase else { return };
-        let healthy = now_ns.saturating_sub(since_ns) >= nanos(limits.provider_healthy_after);
+        let healthy = child.worked || now_ns.saturating_sub(since_ns) >= nanos(limits.provider_healthy_after);
         child.failures = if healthy { 0 } else { child.failures.saturating_add(1) };
         let wait_ns = match child.failures.checked_sub(1) {
             None => 0,
@@ -124,6 +134,7 @@ impl Core {
         for (child, state) in self.provider_children.0.iter_mut().enumerate() {
             if matches!(state.phase, Phase::Down { retry_at_ns } if retry_at_ns <= now_ns) {
                 state.phase = Phase::Up { since_ns: now_ns };
+                state.worked = false;
                 state.starts += 1;
                 self.actions.push(Action::StartProvider { child });
             }

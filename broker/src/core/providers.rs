@@ -123,8 +123,11 @@ pub(crate) fn check_offer(offer: &Provide) -> Result<(), Unacceptable> {
     if operations.is_empty() || operations.len() != offer.operations.len() {
         return Err("the operations are none, or one of them twice; name each once".to_owned());
     }
-    if offer.operations.contains(&Operation::EmbedFresh) {
-        return Err("EmbedFresh cannot be offered: it comes as Embed".to_owned());
+    let possible = |o: &Operation| matches!(o, Operation::Call | Operation::Embed | Operation::Tokenize);
+    if let Some(other) = offer.operations.iter().find(|o| !possible(o)) {
+        return Err(format!(
+            "{other:?} is not among the operations that can be offered: Call, Embed (EmbedFresh comes as that) and Tokenize"
+        ));
     }
     if offer.operations.contains(&Operation::Embed) != (offer.output_dim > 0)
         || offer.output_dim as usize > MAX_PAYLOAD_BYTES / 4
@@ -379,7 +382,7 @@ mod tests {
             assert!(check_id(id).is_err(), "{id}");
         }
         type Change = fn(&mut Provide);
-        let bad: [(&str, Change); 9] = [
+        let bad: [(&str, Change); 10] = [
             ("kind", |o| o.kind = "x".repeat(65)),
             ("description", |o| o.description = "a\nb".into()),
             ("max_in_flight", |o| o.max_in_flight = 0),
@@ -388,6 +391,7 @@ mod tests {
             ("job_timeout_ms", |o| o.job_timeout_ms = MAX_PROVIDER_JOB_MS + 1),
             ("operations", |o| o.operations = vec![Operation::Call; 2]),
             ("EmbedFresh", |o| o.operations = vec![Operation::EmbedFresh]),
+            ("Generate", |o| o.operations.push(Operation::Generate)),
             ("output_dim", |o| o.output_dim = 3),
         ];
         for (name, change) in bad {

@@ -112,6 +112,7 @@ impl Core {
         };
         self.config.default_model.clone_from(&live.default_model);
         self.config.idle_exit = live.idle_exit;
+        self.config.memory_monitoring = live.memory_monitoring;
         self.config.caches = live.cache_entries > 0;
         self.actions.push(Action::Reconfigure {
             loader_command: live.loader_command,

@@ -70,6 +70,9 @@ impl Core {
             .filter(|(_, _, lease)| lease.generation != generation)
             .map(|(session, lease_id, _)| (session, lease_id))
             .collect();
+        if replaced != 0 {
+            self.actions.push(Action::SupersedeCache { generation: replaced, by: generation });
+        }
         for (session, lease_id) in holders {
             self.send(session, 0, BrokerMessage::Superseded(Superseded { lease_id, generation }));
         }

@@ -3,7 +3,7 @@
 
 use super::engine::Phase;
 use super::lanes::LaneState;
-use super::models::{CacheSide, EngineSide, ms_until};
+use super::models::{CacheSide, EngineSide, Reload, ms_until};
 use super::{Action, Attachment, Core};
 use shm_layout::code::Code;
 use shm_layout::wire::{CacheTotals, FromEngine, Refusal, ToEngine};
@@ -155,6 +155,7 @@ impl Core {
             self.hand_over_lane(lane_id, generation);
         }
         self.send_held_jobs(now_ns);
+        self.note_device(now_ns, generation);
         self.switch_if_warm(now_ns, generation);
         self.grant_waiters(now_ns, generation);
         self.answer_loaded(generation);
@@ -255,6 +256,10 @@ impl Core {
             let refusal = Refusal { code: Code::ModelUnavailable, message: message.clone(), retry_after_ms };
             self.refuse_waiters(waiters, &refusal);
             self.refuse_askers(askers, &refusal);
+            if self.models.entries.get(&id).is_some_and(|e| matches!(e.reload, Some(Reload::Warming { .. })))
+            {
+                self.fail_reload(now_ns, id, refusal);
+            }
         }
         self.answer_for_engine(Code::ModelUnavailable, &message);
     }

@@ -153,7 +153,7 @@ impl Core {
             faults: self.faults,
             open_descriptors: 0,
             provided: self.provided_report(now_ns),
-            metrics: self.metrics_report(),
+            metrics: Box::new(self.metrics_report()),
             alerts: self.alerts.report(now_ns),
         }
     }
@@ -175,8 +175,7 @@ impl Core {
             ids: settings.ids.clone(),
             kind: settings.kind.map(|kind| kind.name().to_owned()),
             source: entry.source.clone(),
-            // The only one that engines have so far.
-            device: "cpu".to_owned(),
+            device: super::devices::CPU.to_owned(),
             device_wished: settings.device.to_string(),
             precision: images().next_back().map(|(_, image)| image.precision.to_owned()),
             pinned: settings.pinned,

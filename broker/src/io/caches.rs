@@ -71,6 +71,11 @@ impl Cache {
         }
     }
 
+    /// Tells readers that another generation has taken the place of this one's.
+    pub(crate) fn supersede(&self, by: u64) {
+        self.writer.supersede(by);
+    }
+
     /// What its vectors take, in bytes.
     pub(crate) fn used_bytes(&self) -> u64 {
         (self.writer.entries() as u64).saturating_mul(4 * self.dim as u64)

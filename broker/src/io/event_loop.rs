@@ -153,6 +153,7 @@ impl EventLoop {
                 models: config.models,
                 preload: config.preload,
                 idle_exit: config.idle_exit,
+                memory_monitoring: config.memory_monitoring,
                 allow_other_users: config.allow_other_users,
                 caches: config.cache_entries > 0,
                 engine_saves: config.cache_persist && config.cache_entries > 0,

@@ -1,5 +1,5 @@
-//! How much memory the system and this process's control group have left, and what processes take. Reads files of the
-//! kernel; what is done about it is the core's.
+//! How much memory the system and this process's control group have left. Reads files of the kernel; what is done about it
+//! is the core's.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -84,12 +84,6 @@ fn group_available_bytes(limit: &str, used: &str, stat: &str) -> Option<u64> {
     Some(limit_bytes.saturating_sub(used_bytes.saturating_sub(files_bytes)))
 }
 
-/// Proportional share of a process, in bytes: pages that `n` processes map count as one n-th. `None` where it is not ours
-/// to read.
-pub(crate) fn pss_bytes(pid: u32) -> Option<u64> {
-    shm_os::smaps::process_memory(pid).ok().map(|memory| memory.pss_bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,11 +128,5 @@ mod tests {
         );
         assert_eq!(folders("0::/\n"), ["/sys/fs/cgroup"]);
         assert!(folders("nonsense\n0::/../../etc\n").is_empty());
-    }
-
-    #[test]
-    fn the_share_of_this_process_can_be_read() {
-        assert!(pss_bytes(std::process::id()).is_some_and(|bytes| bytes > 1 << 16));
-        assert_eq!(pss_bytes(u32::MAX), None);
     }
 }

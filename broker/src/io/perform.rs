@@ -91,6 +91,11 @@ impl EventLoop {
                 };
                 self.events.push_back(Event::CacheMade { generation, cache });
             }
+            Action::SupersedeCache { generation, by } => {
+                if let Some(cache) = self.caches.get(&generation) {
+                    cache.supersede(by);
+                }
+            }
             Action::FillCache { generation, bulk, keys, values } => {
                 if let Some(cache) = self.caches.get_mut(&generation) {
                     cache.fill(self.now_ns, bulk, &keys, &values);
@@ -128,9 +133,6 @@ impl EventLoop {
             let measured = &mut report.metrics.memory;
             measured.available_bytes = memory::available_bytes();
             measured.cache_bytes = self.caches.values().map(Cache::used_bytes).sum();
-            measured.broker_pss_bytes = memory::pss_bytes(report.broker_pid);
-            measured.engine_pss_bytes =
-                report.engines.first().filter(|e| e.pid != 0).and_then(|e| memory::pss_bytes(e.pid));
             for model in &mut report.models {
                 if let (Some(cache), Some(description)) = (&mut model.cache, &model.description)
                     && let Some(held) = self.caches.get(&description.generation)

@@ -36,6 +36,9 @@ pub(super) fn status(socket: Option<PathBuf>, args: &JsonArgs) -> Result<(), Fai
             println!("{}", cache_line(cache));
         }
     }
+    for model in &report.provided {
+        super::provided::lines(model).iter().for_each(|line| println!("{line}"));
+    }
     for engine in &report.engines {
         println!(
             "{} process {}, {} threads, {} lanes, {} restarts; {} jobs, {} texts, {} tokens, {} errors, {} waiting",
@@ -152,7 +155,8 @@ fn status_json(report: &StatusReport) -> Value {
         "sessions": report.sessions.iter().map(session_json).collect::<Vec<_>>(),
         "faults": report.faults,
         "open_descriptors": report.open_descriptors,
-        "metrics": metrics_json(&report.metrics),
+        "provided": report.provided.iter().map(super::provided::as_json).collect::<Vec<_>>(),
+        "metrics": metrics_json(report),
         "alerts": alerts_json(&report.alerts),
     })
 }

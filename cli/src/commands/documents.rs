@@ -34,7 +34,7 @@ pub(super) fn index(socket: Option<PathBuf>, args: &IndexArgs) -> Result<(), Fai
     let program = std::env::current_exe()?;
     let command = |document: &Path| {
         let mut command = Command::new(&program);
-        command.arg("--socket").arg(client.socket());
+        command.arg("--socket").arg(client.socket()).envs(super::sharing_environment());
         command.arg("index-document").arg(document).arg("--store").arg(&store);
         // The canonical id, so that every subprocess gets the very model that was checked above.
         command.arg("--model").arg(&identity.model_id);

@@ -4,7 +4,9 @@
 use serde_json::{Value, json};
 use shm_layout::wire::{
     Alert, DurationCounts, GenerationReport, Level, MemoryReport, Metrics, ModelReport, ModelState,
+    StatusReport,
 };
+use std::collections::BTreeSet;
 
 /// Durations as figures: how many, their sum, and upper bounds of their quantiles.
 fn durations_json(durations: &DurationCounts) -> Value {
@@ -22,20 +24,30 @@ fn level_json(level: Level) -> Value {
     json!({ "now": level.now, "peak": level.peak })
 }
 
-fn memory_json(memory: &MemoryReport) -> Value {
+/// Proportional share (PSS) of a process, in bytes; `None` where it is not ours to read.
+fn pss_bytes(pid: u32) -> Option<u64> {
+    shm_os::smaps::process_memory(pid).ok().map(|memory| memory.pss_bytes)
+}
+
+/// What processes take is read here, not by the broker: walking their page tables takes milliseconds each.
+fn memory_json(memory: &MemoryReport, report: &StatusReport) -> Value {
+    let pids: BTreeSet<u32> = report.sessions.iter().map(|session| session.pid).collect();
+    let shares: Vec<u64> = pids.into_iter().filter_map(pss_bytes).collect();
     json!({
         "image_bytes": memory.image_bytes,
         "cache_bytes": memory.cache_bytes,
         "saved_bytes": memory.saved_bytes,
         "budget_bytes": memory.budget_bytes,
         "available_bytes": memory.available_bytes,
-        "broker_pss_bytes": memory.broker_pss_bytes,
-        "engine_pss_bytes": memory.engine_pss_bytes,
+        "broker_pss_bytes": pss_bytes(report.broker_pid),
+        "engine_pss_bytes": report.engines.first().filter(|e| e.pid != 0).and_then(|e| pss_bytes(e.pid)),
+        "sessions_pss_bytes": (!shares.is_empty()).then(|| shares.iter().sum::<u64>()),
     })
 }
 
 /// The broker's measurements.
-pub(super) fn metrics_json(metrics: &Metrics) -> Value {
+pub(super) fn metrics_json(report: &StatusReport) -> Value {
+    let metrics: &Metrics = &report.metrics;
     let errors: serde_json::Map<String, Value> =
         metrics.errors.iter().map(|error| (error.code.name().to_owned(), error.count.into())).collect();
     json!({
@@ -52,7 +64,7 @@ pub(super) fn metrics_json(metrics: &Metrics) -> Value {
         "unloads": metrics.unloads,
         "evictions": metrics.evictions,
         "reloads": metrics.reloads,
-        "memory": memory_json(&metrics.memory),
+        "memory": memory_json(&metrics.memory, report),
     })
 }
 

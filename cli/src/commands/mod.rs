@@ -10,6 +10,7 @@ mod embed;
 mod load;
 mod metrics_json;
 mod model;
+pub(crate) mod provided;
 mod serve;
 mod texts;
 mod worker;
@@ -19,8 +20,22 @@ use crate::configuration::CommandLine;
 use crate::failure::Failure;
 use crate::{logging, terminal};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
-use worker_sdk::{Client, ClientBuilder, Model, ModelRequest, Route, StartBroker};
+use worker_sdk::{Client, ClientBuilder, Fallback, Model, ModelRequest, Route, StartBroker};
+
+/// Whether and how this command shares models, as the configuration says; unset in commands that read none.
+static SHARING: OnceLock<settings::Sharing> = OnceLock::new();
+
+/// What of it the program's own subprocesses are told, by their environment.
+fn sharing_environment() -> Vec<(&'static str, String)> {
+    let Some(sharing) = SHARING.get() else { return Vec::new() };
+    vec![
+        (worker_sdk::SHARING_VARIABLES[0], sharing.enabled.to_string()),
+        (worker_sdk::ROLLOUT_VARIABLES[0], sharing.rollout_percent.to_string()),
+        (worker_sdk::FALLBACK_VARIABLE, sharing.fallback.name().to_owned()),
+    ]
+}
 
 /// Runs the command that was asked for.
 ///
@@ -43,7 +58,13 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         | Command::LoadModel(_)
         | Command::IndexDocument(_)
         | Command::Worker(_) => arguments.socket,
-        _ => line.load()?.settings().serve.socket.clone(),
+        _ => {
+            let effective = line.load()?;
+            let settings = effective.settings();
+            // Set once, here; nothing else of a command depends on it.
+            let _ = SHARING.set(settings.sharing.clone());
+            settings.serve.socket.clone()
+        }
     };
     match arguments.command {
         Command::Serve(args) => serve::run(line, args),
@@ -74,6 +95,14 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
 /// A client of the broker at `socket`, or at the default one. `Never` for commands that only look at one that runs.
 fn client(socket: Option<PathBuf>, name: &str, start: Option<StartBroker>) -> ClientBuilder {
     let mut builder = Client::builder().name(name);
+    if let Some(sharing) = SHARING.get() {
+        let fallback = match sharing.fallback {
+            settings::Fallback::Error => Fallback::Error,
+            settings::Fallback::Local => Fallback::Local,
+        };
+        builder =
+            builder.sharing(sharing.enabled).rollout_percent(sharing.rollout_percent).fallback(fallback);
+    }
     if let Some(socket) = socket {
         builder = builder.socket(socket);
     }

@@ -65,6 +65,7 @@ pub(super) fn run(line: CommandLine, args: ServeArgs) -> Result<(), Failure> {
         client_idle_exit: args.idle_exit.filter(|_| args.started_by_client).map(Duration::from_secs),
     };
     let mut config = broker_config(settings, &surroundings, args.inspectable)?;
+    config.providers = args.providers;
     if let Some(fd) = args.ready_fd {
         let mut ready = open_inherited(fd)?;
         config.on_ready = Some(Box::new(move || {
@@ -156,6 +157,7 @@ fn broker_config(
     config.max_shared_models = settings.sharing.max_shared_models;
     config.memory_budget_bytes = serve.memory_budget_bytes;
     config.log_model_usage = settings.log_model_usage;
+    config.memory_monitoring = settings.memory_monitoring;
     Ok(config)
 }
 
@@ -190,12 +192,13 @@ fn configured(model: &settings::Model, settings: &Settings) -> Option<ModelSetti
         // Asked over a network by whoever uses it; nothing of it is loaded here.
         ModelType::Remote => return None,
     };
-    // A custom type without weights is named by its id.
-    let source = model.source().unwrap_or_else(|| model.id.clone());
+    // A custom type without weights is what its provider calls it.
+    let source = model.source().unwrap_or_else(|| format!("custom/{}", model.id));
     let mut known = ModelSettings::new(&model.id, super::model_name(&source), kind);
     known.preload = model.preload && settings.auto_initialize;
     known.unload_after = model.unload_after;
     known.shared = model.shared;
+    known.cache = model.cache_embeddings;
     known.device = match model.device.unwrap_or(settings.device_preference) {
         Device::Auto => DeviceChoice::Auto,
         Device::Cpu => DeviceChoice::Cpu,

@@ -170,8 +170,9 @@ impl Finder<'_> {
         Err(CompileError::MissingTensor { name: name.to_owned() })
     }
 
-    fn has(&self, name: &str) -> bool {
-        self.checkpoint.tensors.contains_key(&format!("{}{name}", self.prefix))
+    /// Whether a Nomic BERT has its authors' names.
+    fn is_of_the_authors(&self) -> bool {
+        self.checkpoint.tensors.keys().any(|name| name.ends_with("attn.Wqkv.weight"))
     }
 
     fn put(
@@ -326,7 +327,7 @@ impl Finder<'_> {
             ModelType::DistilBert => DISTILBERT,
             ModelType::Mpnet => MPNET,
             ModelType::ModernBert => MODERNBERT,
-            ModelType::NomicBert if self.has("emb_ln.weight") => NOMIC,
+            ModelType::NomicBert if self.is_of_the_authors() => NOMIC,
             ModelType::NomicBert => NOMIC_OF_TRANSFORMERS,
             ModelType::Qwen3 => QWEN3,
         };

@@ -62,7 +62,7 @@ pub enum CompileError {
     },
     /// A weight that the architecture needs is not in the checkpoint.
     #[error(
-        "the checkpoint has no tensor {name:?} (nor under the prefixes bert. and roberta.); it does not fit config.json"
+        "the checkpoint has no tensor {name:?} (nor behind any prefix that is known, such as bert.); it does not fit config.json"
     )]
     MissingTensor {
         /// Name without prefix.

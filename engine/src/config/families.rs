@@ -11,12 +11,17 @@ use shm_layout::image::{Family, Pooling};
 
 /// Most positions.
 pub(super) const MAX_POSITIONS: u64 = 131_072;
-/// Most of everything that is counted in units of the hidden state or of heads.
+/// Widest hidden state.
 const MAX_HIDDEN_DIM: u64 = 16_384;
+/// Most layers.
 const MAX_LAYERS: u64 = 256;
+/// Most attention heads.
 const MAX_HEADS: u64 = 256;
+/// Widest feed-forward block.
 const MAX_INTERMEDIATE_DIM: u64 = 131_072;
+/// Most token ids.
 const MAX_VOCAB: u64 = 2_000_000;
+/// Most token types.
 const MAX_TYPES: u64 = 64;
 /// Most buckets of relative positions.
 const MAX_BUCKETS: u64 = 1024;

@@ -11,11 +11,14 @@ use super::scratch::{Block, Place};
 use super::team::Member;
 use super::vector::{add_scaled, pair_rows, softmax_row, transpose_words};
 use crate::packing::Packing;
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Queries whose scores are in memory at once: whole tiles of every path.
 const QUERY_BLOCK_ROWS: usize = 96;
+
+/// Tokens of a text from which on a head takes too long to have a break only behind it.
+const LONG_TOKENS: usize = 1024;
 
 /// A score that no softmax sees, whatever the others are.
 const MASKED: f32 = -1e30;
@@ -104,37 +107,39 @@ struct HeadScratch {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Option<HeadScratch>> = const { RefCell::new(None) };
+    static SCRATCH: Cell<Option<HeadScratch>> = const { Cell::new(None) };
 }
 
 impl HeadScratch {
     fn with<T>(needed_bytes: [usize; 4], work: impl FnOnce(&mut HeadScratch) -> T) -> T {
-        SCRATCH.with_borrow_mut(|kept| {
-            let fits = |kept: &HeadScratch| {
-                kept.capacity_bytes.iter().zip(needed_bytes).all(|(has, needs)| *has >= needs)
-            };
-            let scratch = match kept.take() {
-                Some(scratch) if fits(&scratch) => scratch,
-                old => {
-                    let had = old.map_or([0; 4], |old| old.capacity_bytes);
-                    let mut capacity_bytes = needed_bytes;
-                    capacity_bytes.iter_mut().zip(had).for_each(|(bytes, had)| *bytes = had.max(*bytes));
-                    let [queries, keys, values, scores] = capacity_bytes.map(Block::zeroed);
-                    HeadScratch { capacity_bytes, queries, keys, values, scores }
-                }
-            };
-            work(kept.insert(scratch))
-        })
+        // Taken out while it is used: in a break the thread computes something else, with memory of its own.
+        let fits = |kept: &HeadScratch| {
+            kept.capacity_bytes.iter().zip(needed_bytes).all(|(has, needs)| *has >= needs)
+        };
+        let mut scratch = match SCRATCH.take() {
+            Some(scratch) if fits(&scratch) => scratch,
+            old => {
+                let had = old.map_or([0; 4], |old| old.capacity_bytes);
+                let mut capacity_bytes = needed_bytes;
+                capacity_bytes.iter_mut().zip(had).for_each(|(bytes, had)| *bytes = had.max(*bytes));
+                let [queries, keys, values, scores] = capacity_bytes.map(Block::zeroed);
+                HeadScratch { capacity_bytes, queries, keys, values, scores }
+            }
+        };
+        let result = work(&mut scratch);
+        SCRATCH.set(Some(scratch));
+        result
     }
 }
 
 /// Gives back this thread's memory.
 pub(super) fn release_scratch() {
-    SCRATCH.with_borrow_mut(|kept| *kept = None);
+    SCRATCH.set(None);
 }
 
 /// This member's heads of `context[t] = softmax(q[t] · kᵀ / √d + bias) · v` inside each sequence. `qkv` is `[tokens, qkv_dim]` with
-/// queries, keys and values side by side, f32 or bf16 as `precision` says. `between` is called after each head.
+/// queries, keys and values side by side, f32 or bf16 as `precision` says. `between` is called after each head,
+/// and in long texts after each block of queries.
 ///
 /// # Safety
 /// Sequences must be disjoint and, less their `first_token`, lie inside both places, with [`TILE_ROWS`] readable rows behind the last
@@ -164,6 +169,7 @@ pub(super) unsafe fn attention(
                 _ => heads.in_f32(between),
             }
         }
+        between();
     }
 }
 
@@ -341,8 +347,10 @@ impl Heads<'_> {
                             let tile = tile.rows(rows.len());
                             self.store(tile, &factors[rows.clone()], first + rows.start, (head, panel));
                         });
+                        if keys > LONG_TOKENS {
+                            between();
+                        }
                     }
-                    between();
                 }
             }
         });
@@ -434,8 +442,10 @@ impl Heads<'_> {
                             let tile = tile.rows(rows.len());
                             self.store(tile, &factors[rows.clone()], first + rows.start, (head, panel));
                         });
+                        if keys > LONG_TOKENS {
+                            between();
+                        }
                     }
-                    between();
                 }
             }
         });

@@ -12,13 +12,14 @@ pub use describe::{ImageFacts, describe};
 pub use error::ModelError;
 pub use tokenize::{EncodedText, MAX_TEXT_BYTES};
 
-pub(crate) use tokenize::{ImagePart, TextEncoder};
+pub(crate) use tokenize::TextEncoder;
 
 use crate::config::EncoderConfig;
 use crate::kernel::{Breaks, Lookup, path_name, release_all_scratch};
 use crate::packing::Precision;
 use crate::threads::pool;
 use crate::unigram::Unigram;
+use crate::wordpiece::file::pair_fringes_of;
 use network::{Network, Packed};
 use shm_layout::image::{
     CheckedImage, Family, ImageBytes, ImageError, Pooling, SectionKind, TENSOR_ALIGN_BYTES, Task,
@@ -198,18 +199,12 @@ impl Model {
             let missing = || ModelError::Inconsistent { what: "section tokenizer.json is missing".into() };
             let json = checked.section(SectionKind::Tokenizer).ok_or_else(missing)?;
             // Tables that cannot be read are as good as none: the library reads the file that they were made from.
-            if let Some(tables) = self.place(checked.section(SectionKind::TokenizerTables))
-                && let Some(tables) = Unigram::open(Arc::clone(&self.image), tables)
-                && let Some(range) = self.place(Some(json))
+            if let Some(range) = checked.section(SectionKind::TokenizerTables).and_then(|t| self.place(t))
+                && let Some(tables) = Unigram::open(Arc::clone(&self.image), range)
             {
-                let json = ImagePart { image: Arc::clone(&self.image), range };
-                return TextEncoder::over_tables(
-                    tables,
-                    json,
-                    self.network.config(),
-                    self.info.max_seq_tokens,
-                    self.info.task == Task::Classify,
-                );
+                // The tables do not say how two texts are put together; to find it the whole file is read.
+                let pair = (self.info.task == Task::Classify).then(|| pair_fringes_of(json)).flatten();
+                return TextEncoder::over_tables(tables, self.network.config(), self.info.max_seq_tokens, pair);
             }
             TextEncoder::new(json, self.network.config(), self.info.max_seq_tokens, self.lower_case)
         };
@@ -217,8 +212,7 @@ impl Model {
     }
 
     /// Where a section lies in the image.
-    fn place(&self, section: Option<&[u8]>) -> Option<Range<usize>> {
-        let section = section?;
+    fn place(&self, section: &[u8]) -> Option<Range<usize>> {
         let start = (section.as_ptr() as usize).checked_sub(self.image.as_bytes().as_ptr() as usize)?;
         Some(start..start.checked_add(section.len())?)
     }

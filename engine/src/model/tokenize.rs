@@ -4,12 +4,9 @@
 use super::ModelError;
 use crate::config::EncoderConfig;
 use crate::unigram::Unigram;
-use crate::wordpiece::file::pair_fringes_of;
 use crate::wordpiece::{Fringe, PairFringes, WordPiece};
-use shm_layout::image::ImageBytes;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
 use tokenizers::{NormalizerWrapper, Tokenizer};
 
 /// Longest text that is tokenized, bytes. Bounds the memory of one text's tokens to some 100 MB.
@@ -53,28 +50,13 @@ impl EncodedText {
     }
 }
 
-/// A range of an image.
-pub(crate) struct ImagePart {
-    /// The image.
-    pub(crate) image: Arc<dyn ImageBytes>,
-    /// The range in it.
-    pub(crate) range: Range<usize>,
-}
-
-impl ImagePart {
-    fn bytes(&self) -> &[u8] {
-        self.image.as_bytes().get(self.range.clone()).unwrap_or_default()
-    }
-}
-
 /// What does the work.
 enum Tokens {
     /// Tables, which hold the special tokens around a text too. The crate's tokenizer is never built: it takes some ten
     /// milliseconds and megabytes.
     Tables(Box<WordPiece>),
-    /// Tables in the image, for Unigram. They know no places of tokens: who asks for those gets the crate's tokenizer, built
-    /// then (about a second and some 200 MB for 250 000 pieces).
-    Unigram { tables: Box<Unigram>, json: ImagePart, library: OnceLock<Result<Box<Tokenizer>, ModelError>> },
+    /// Tables in the image, for Unigram.
+    Unigram(Box<Unigram>),
     /// The tokenizers crate, for every tokenizer that the tables do not cover.
     Library(Box<Tokenizer>),
 }
@@ -128,19 +110,16 @@ impl TextEncoder {
     /// Takes up the tables that the image has beside its tokenizer.json.
     pub(crate) fn over_tables(
         tables: Unigram,
-        json: ImagePart,
         config: &EncoderConfig,
         max_seq_tokens: usize,
-        takes_pairs: bool,
+        pair: Option<PairFringes>,
     ) -> Result<Self, ModelError> {
-        // The tables do not hold it; to find it the whole file is read.
-        let pair = if takes_pairs { pair_fringes_of(json.bytes()) } else { None };
         let mut encoder = TextEncoder {
             before: tables.before().clone(),
             after: tables.after().clone(),
             text_type_id: tables.text_type_id(),
             pair,
-            tokens: Tokens::Unigram { tables: Box::new(tables), json, library: OnceLock::new() },
+            tokens: Tokens::Unigram(Box::new(tables)),
             vocab_size: config.vocab_size,
             max_seq_tokens,
         };
@@ -204,7 +183,7 @@ impl TextEncoder {
         ids.extend_from_slice(&self.before.0);
         match &self.tokens {
             Tokens::Tables(tables) => tables.encode_into(text, &mut ids),
-            Tokens::Unigram { tables, .. } => tables.encode_into(text, &mut ids),
+            Tokens::Unigram(tables) => tables.encode_into(text, &mut ids),
             Tokens::Library(library) => {
                 ids.extend_from_slice(contained(|| library.encode_fast(text, false))?.get_ids());
             }
@@ -237,7 +216,7 @@ impl TextEncoder {
                 tables.encode_into(text, &mut ids);
                 ids
             }
-            Tokens::Unigram { tables, .. } => {
+            Tokens::Unigram(tables) => {
                 let mut ids = Vec::with_capacity(text.len() / BYTES_PER_TOKEN);
                 tables.encode_into(text, &mut ids);
                 ids
@@ -282,17 +261,13 @@ impl TextEncoder {
     /// Byte ranges of all tokens of a text, in order, without special tokens and without cutting.
     pub(crate) fn spans(&self, text: &str) -> Result<Vec<Range<usize>>, ModelError> {
         check_text(0, text)?;
-        let of_library = |library: &Tokenizer| {
-            let encoding = contained(|| library.encode(text, false))?;
-            Ok::<_, ModelError>(encoding.get_offsets().iter().map(|(start, end)| *start..*end).collect())
-        };
-        let spans: Vec<Range<usize>> = match &self.tokens {
+        let spans = match &self.tokens {
             Tokens::Tables(tables) => tables.spans(text),
-            Tokens::Unigram { json, library: built, .. } => {
-                let build = || library(json.bytes(), false).map(Box::new);
-                of_library(built.get_or_init(build).as_ref().map_err(ModelError::clone)?)?
+            Tokens::Unigram(tables) => tables.spans(text),
+            Tokens::Library(library) => {
+                let encoding = contained(|| library.encode(text, false))?;
+                encoding.get_offsets().iter().map(|(start, end)| *start..*end).collect()
             }
-            Tokens::Library(library) => of_library(library)?,
         };
         if spans.iter().any(|span| span.start > span.end || text.get(span.clone()).is_none()) {
             return Err(ModelError::Tokenizer {

@@ -7,6 +7,7 @@
 //! normalised (`normalize`); spaces become `▁`, and the piece is cut before each of them; each part is cut into the pieces of
 //! the vocabulary whose scores have the largest sum (Viterbi).
 
+mod aligned;
 mod file;
 mod normalize;
 mod tables;
@@ -14,6 +15,7 @@ mod trie;
 
 use crate::wordpiece::Fringe;
 use crate::wordpiece::added::AddedTokens;
+use aligned::Aligned;
 use normalize::normalize;
 use shm_layout::image::ImageBytes;
 use std::ops::Range;
@@ -137,6 +139,60 @@ impl Unigram {
         });
     }
 
+    /// Byte ranges in `text` of all its tokens, in order, as the crate gives them: what several tokens were made of is in each
+    /// one's range. Slower than [`Unigram::encode_into`].
+    #[must_use]
+    pub fn spans(&self, text: &str) -> Vec<Range<usize>> {
+        let bytes = self.image.as_bytes().get(self.range.clone()).unwrap_or_default();
+        let tables = self.places.tables(bytes);
+        let (mut scratch, mut spans) = (Scratch::default(), Vec::new());
+        self.raw_tokens.split(text, |range, id| {
+            if id.is_some() {
+                return spans.push(range);
+            }
+            let mut piece = Aligned::new(text.get(range.clone()).unwrap_or_default(), range.start);
+            piece.normalize(&self.settings.steps, tables.map);
+            self.normalized_tokens.split(&piece.text, |range, id| {
+                if id.is_some() {
+                    return spans.push(piece.place(range));
+                }
+                let part = piece.part(range);
+                if self.settings.words {
+                    for word in part.text.split_whitespace() {
+                        let start = word.as_ptr() as usize - part.text.as_ptr() as usize;
+                        self.spaced_spans(
+                            tables,
+                            part.part(start..start + word.len()),
+                            &mut scratch,
+                            &mut spans,
+                        );
+                    }
+                } else {
+                    self.spaced_spans(tables, part, &mut scratch, &mut spans);
+                }
+            });
+        });
+        spans
+    }
+
+    fn spaced_spans(
+        &self,
+        tables: Tables<'_>,
+        mut text: Aligned,
+        scratch: &mut Scratch,
+        spans: &mut Vec<Range<usize>>,
+    ) {
+        if text.text.is_empty() {
+            return;
+        }
+        text.mark_spaces(self.settings.replacement, self.settings.prepend);
+        self.each_marked(&text.text, |start, part| {
+            self.best_path(tables, part, scratch);
+            let found = scratch.path.iter().rev();
+            spans.extend(found.map(|(range, _)| text.place(start + range.start..start + range.end)));
+        });
+    }
+
     /// Tokenizes a piece of a text that holds no added token that is matched unnormalised.
     fn piece(&self, tables: Tables<'_>, piece: &str, scratch: &mut Scratch, ids: &mut Vec<u32>) {
         let text = normalize(piece, &self.settings.steps, tables.map);
@@ -165,23 +221,34 @@ impl Unigram {
             spaced.push(mark);
         }
         spaced.extend(text.chars().map(|character| if character == ' ' { mark } else { character }));
-        let mut rest = spaced.as_str();
-        while !rest.is_empty() {
-            let end = if self.settings.split {
-                let behind_first = rest.chars().next().map_or(0, char::len_utf8);
-                rest.get(behind_first..).and_then(|behind| behind.find(mark)).map(|at| at + behind_first)
-            } else {
-                None
-            };
-            let (part, behind) = rest.split_at(end.unwrap_or(rest.len()));
-            self.best_pieces(tables, part, scratch, ids);
-            rest = behind;
-        }
+        let unknown_id = self.settings.unknown_id;
+        self.each_marked(&spaced, |_, part| {
+            self.best_path(tables, part, scratch);
+            let bytes = part.as_bytes();
+            ids.extend(scratch.path.iter().rev().map(|(range, id)| match *id == unknown_id {
+                // What is unknown may be a piece when it is joined.
+                true => tables.trie.get(&bytes[range.clone()]).unwrap_or(unknown_id),
+                false => *id,
+            }));
+        });
         scratch.spaced = spaced;
     }
 
-    /// Cuts a part into the pieces with the largest sum of scores; of equal ones the crate's choice.
-    fn best_pieces(&self, tables: Tables<'_>, part: &str, scratch: &mut Scratch, ids: &mut Vec<u32>) {
+    /// Calls `part` with each part of a text whose spaces are replaced, and where it begins.
+    fn each_marked(&self, text: &str, mut part: impl FnMut(usize, &str)) {
+        let mut start = 0;
+        while let Some(rest) = text.get(start..).filter(|rest| !rest.is_empty()) {
+            let behind_first = rest.chars().next().map_or(0, char::len_utf8);
+            let next = rest.get(behind_first..).and_then(|behind| behind.find(self.settings.replacement));
+            let len = next.filter(|_| self.settings.split).map_or(rest.len(), |at| at + behind_first);
+            part(start, rest.get(..len).unwrap_or_default());
+            start += len;
+        }
+    }
+
+    /// Cuts a part into the pieces with the largest sum of scores, last first in `scratch.path`; of equal ones the crate's
+    /// choice.
+    fn best_path(&self, tables: Tables<'_>, part: &str, scratch: &mut Scratch) {
         let bytes = part.as_bytes();
         let unknown_id = self.settings.unknown_id;
         let best = &mut scratch.best;
@@ -220,10 +287,6 @@ impl Unigram {
                 _ => scratch.path.push((start..end, id)),
             }
             end = start;
-        }
-        for (range, id) in scratch.path.iter().rev() {
-            let joined = *id == unknown_id;
-            ids.push(if joined { tables.trie.get(&bytes[range.clone()]).unwrap_or(unknown_id) } else { *id });
         }
     }
 }

@@ -47,36 +47,31 @@ impl<'a> CharMap<'a> {
         let end = memchr::memchr(0, rest).unwrap_or(rest.len()).min(MAX_REPLACEMENT_BYTES);
         std::str::from_utf8(rest.get(..end)?).ok()
     }
+}
 
-    /// Appends `text` with its characters replaced.
-    fn apply(self, text: &str, out: &mut String) {
-        let bytes = text.as_bytes();
-        let mut at = 0;
-        while at < bytes.len() {
-            let end = sure_end(bytes, at);
-            let Some(piece) = text.get(at..end) else { return };
-            if piece.len() == 1 {
-                self.characters(piece, out);
-            } else {
-                for grapheme in piece.graphemes(true) {
-                    match self.get(grapheme).filter(|_| grapheme.len() <= MAX_GRAPHEME_BYTES) {
-                        Some(replacement) => out.push_str(replacement),
-                        None => self.characters(grapheme, out),
+/// Calls `part` with each part of `text` that the map is asked for, in order, and with what it becomes, if it does.
+pub(super) fn each_part<'t>(text: &'t str, map: CharMap<'t>, mut part: impl FnMut(&'t str, Option<&'t str>)) {
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while at < bytes.len() {
+        let end = sure_end(bytes, at);
+        let Some(piece) = text.get(at..end) else { return };
+        if piece.len() == 1 {
+            part(piece, map.get(piece));
+        } else {
+            for grapheme in piece.graphemes(true) {
+                match map.get(grapheme).filter(|_| grapheme.len() <= MAX_GRAPHEME_BYTES) {
+                    Some(replacement) => part(grapheme, Some(replacement)),
+                    None => {
+                        for (start, character) in grapheme.char_indices() {
+                            let one = grapheme.get(start..start + character.len_utf8()).unwrap_or_default();
+                            part(one, map.get(one));
+                        }
                     }
                 }
             }
-            at = end;
         }
-    }
-
-    fn characters(self, part: &str, out: &mut String) {
-        let mut buffer = [0; 4];
-        for character in part.chars() {
-            match self.get(character.encode_utf8(&mut buffer)) {
-                Some(replacement) => out.push_str(replacement),
-                None => out.push(character),
-            }
-        }
+        at = end;
     }
 }
 
@@ -94,7 +89,9 @@ pub(super) fn normalize(text: &str, steps: &[Step], map: CharMap<'_>) -> String 
     for step in steps {
         let before = if std::mem::take(&mut first) { text } else { &std::mem::take(&mut now) };
         match step {
-            Step::Map => map.apply(before, &mut now),
+            Step::Map => {
+                each_part(before, map, |part, replacement| now.push_str(replacement.unwrap_or(part)))
+            }
             Step::Strip { left, right } => {
                 let kept = if *left { before.trim_start() } else { before };
                 now.push_str(if *right { kept.trim_end() } else { kept });

@@ -42,6 +42,14 @@ impl Pair {
         let expected = self.library.encode_fast(text, false).expect("the library tokenizes");
         let mut ids = Vec::new();
         self.tables.encode_into(text, &mut ids);
+        let places = self.library.encode(text, false).expect("the library tokenizes");
+        let spans: Vec<_> = self.tables.spans(text).into_iter().map(|span| (span.start, span.end)).collect();
+        assert_eq!(
+            spans,
+            places.get_offsets(),
+            "places of {text:?}, the library's: {:?}",
+            places.get_tokens()
+        );
         assert_eq!(ids, expected.get_ids(), "ids of {text:?}, the library's: {:?}", expected.get_tokens());
         ids
     }

@@ -181,11 +181,11 @@ fn status() -> StatusReport {
             last_fault: Some("f".into()),
             children: vec![ProviderChildReport { pid: 2, starts: 1, last_exit: None }],
         }],
-        metrics: Metrics {
+        metrics: Box::new(Metrics {
             load: durations(),
             errors: vec![CodeCount { code: Code::Overloaded, count: 3 }],
             ..Metrics::default()
-        },
+        }),
         alerts: vec![Alert {
             name: "memory".into(),
             severity: "warning".into(),

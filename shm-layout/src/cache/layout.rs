@@ -20,7 +20,7 @@ const HEADER_BYTES: usize = 64;
 /// What entries and tag lines are multiples of.
 const LINE_BYTES: usize = 64;
 
-/// The region's header: written once by the broker, checked once by each reader.
+/// The region's header: written once by the broker, checked once by each reader; but for its last word.
 pub const CACHE_HEADER_FIELDS: &[Field] = &[
     Field::new("magic", 0, 8, "u64", "broker", "`MBCACHE1`"),
     Field::new("layout_hash", 8, 8, "u64", "broker", "hash of the tables of this region"),
@@ -29,8 +29,18 @@ pub const CACHE_HEADER_FIELDS: &[Field] = &[
     Field::new("sets", 32, 8, "u64", "broker", "sets of 8 entries"),
     Field::new("dim", 40, 8, "u64", "broker", "numbers in a vector"),
     Field::new("entry_bytes", 48, 8, "u64", "broker", "size of one entry, a multiple of 64"),
+    Field::new(
+        "superseded_by",
+        56,
+        8,
+        "atomic u64",
+        "broker",
+        "the generation that replaced this one's; 0 = none has",
+    ),
 ];
 const _: () = assert_packed(CACHE_HEADER_FIELDS, HEADER_BYTES);
+
+pub(super) const SUPERSEDED_BY: usize = offset_of(CACHE_HEADER_FIELDS, "superseded_by");
 
 /// One entry; the numbers follow, padded with zeros.
 pub const CACHE_ENTRY_FIELDS: &[Field] = &[

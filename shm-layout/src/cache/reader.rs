@@ -1,7 +1,9 @@
 //! The readers' end of a cache: looks a key up without waiting, without writing, and without a system call.
 
 use super::key::CacheKey;
-use super::layout::{CacheFault, CacheGeometry, EXPIRES_AT, KEY_HIGH, KEY_LOW, SEQUENCE, VECTOR, WAYS};
+use super::layout::{
+    CacheFault, CacheGeometry, EXPIRES_AT, KEY_HIGH, KEY_LOW, SEQUENCE, SUPERSEDED_BY, VECTOR, WAYS,
+};
 use super::memory::CacheRead;
 use std::sync::atomic::Ordering;
 
@@ -41,6 +43,11 @@ impl<M: CacheRead> CacheReader<M> {
     /// The fingerprint of the model that made the vectors.
     pub fn fingerprint(&self) -> u64 {
         self.fingerprint
+    }
+
+    /// The generation that has replaced the one that this cache is for; `None` = none has. One load.
+    pub fn superseded_by(&self) -> Option<u64> {
+        Some(self.memory.load(SUPERSEDED_BY, Ordering::Acquire)).filter(|generation| *generation != 0)
     }
 
     /// Entries that there is room for.

@@ -1,7 +1,9 @@
 //! The one writer's end of a cache: where a vector goes, what goes for it, and the writing that readers may watch.
 
 use super::key::CacheKey;
-use super::layout::{CacheFault, CacheGeometry, EXPIRES_AT, KEY_HIGH, KEY_LOW, SEQUENCE, VECTOR, WAYS};
+use super::layout::{
+    CacheFault, CacheGeometry, EXPIRES_AT, KEY_HIGH, KEY_LOW, SEQUENCE, SUPERSEDED_BY, VECTOR, WAYS,
+};
 use super::memory::CacheWrite;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -72,6 +74,11 @@ impl<M: CacheWrite> CacheWriter<M> {
             order: VecDeque::new(),
             fillings: 0,
         })
+    }
+
+    /// Tells readers that another generation has replaced the one that this cache is for. Not 0.
+    pub fn supersede(&self, generation: u64) {
+        self.memory.store(SUPERSEDED_BY, generation, Ordering::Release);
     }
 
     /// Vectors that are kept now, expired ones that nothing has replaced counted.

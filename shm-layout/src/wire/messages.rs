@@ -1,11 +1,12 @@
 //! The messages: client and broker, broker and engine, broker and loader. Plain data; meaning is given where each is
 //! handled, bounds are in [`crate::limits`]. The order of variants and fields is the encoding: append, never reorder.
 
-use super::cache_messages::{CacheDescription, CacheInsertKey, CacheReport, CacheTotals};
-use super::model_messages::{
-    Alert, EngineMetrics, Metrics, ModelCommand, ModelDetail, ModelOutcome, Superseded,
-};
-use super::provider_messages::{Provide, ProvidedReport, ProviderJob};
+use super::backing_kind::BackingKind;
+use super::cache_messages::{CacheDescription, CacheInsertKey, CacheTotals};
+use super::config_messages::ConfigurationReloaded;
+use super::model_messages::{EngineMetrics, ModelCommand, ModelOutcome, Superseded};
+use super::provider_messages::{Provide, ProviderJob};
+use super::status_messages::{EngineTotals, StatusReport};
 use super::task_messages::{Partial, TaskFacts};
 use crate::code::Code;
 use bincode::{Decode, Encode};
@@ -219,15 +220,6 @@ pub enum BrokerMessage {
     ConfigurationReloaded(ConfigurationReloaded),
 }
 
-/// What became of a configuration that was read again.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
-pub struct ConfigurationReloaded {
-    /// What changed and takes effect, one line each.
-    pub applied: Vec<String>,
-    /// What changed and cannot take effect now, one line each, with what it needs.
-    pub pending: Vec<String>,
-}
-
 /// Answer to [`Hello`].
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Welcome {
@@ -279,69 +271,6 @@ pub struct ModelDescription {
     pub facts: TaskFacts,
 }
 
-/// What holds an image's pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
-#[repr(u8)]
-pub enum BackingKind {
-    /// An anonymous memory object, sealed against every change.
-    SealedMemfd = 1,
-    /// A read-only file in the cache folder.
-    ImageFile = 2,
-    /// A POSIX shared-memory object without a name.
-    PosixShm = 3,
-}
-
-impl BackingKind {
-    /// Each kind, in the order of its number.
-    pub const ALL: [BackingKind; 3] =
-        [BackingKind::SealedMemfd, BackingKind::ImageFile, BackingKind::PosixShm];
-
-    /// The name in settings and in JSON.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            BackingKind::SealedMemfd => "memfd",
-            BackingKind::ImageFile => "file",
-            BackingKind::PosixShm => "posix-shm",
-        }
-    }
-
-    /// The number that stands for the kind.
-    #[must_use]
-    pub const fn as_u8(self) -> u8 {
-        self as u8
-    }
-
-    /// The kind of a number that a peer wrote.
-    #[must_use]
-    pub fn from_u8(number: u8) -> Option<BackingKind> {
-        BackingKind::ALL.into_iter().find(|kind| kind.as_u8() == number)
-    }
-}
-
-impl std::fmt::Display for BackingKind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// The text names no backing.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no image backing: use memfd, file or posix-shm")]
-pub struct UnknownBacking(
-    /// What was given, cut to a readable length.
-    pub String,
-);
-
-impl std::str::FromStr for BackingKind {
-    type Err = UnknownBacking;
-
-    fn from_str(text: &str) -> Result<BackingKind, UnknownBacking> {
-        let unknown = || UnknownBacking(text.chars().take(32).collect());
-        BackingKind::ALL.into_iter().find(|kind| kind.name() == text).ok_or_else(unknown)
-    }
-}
-
 /// A granted lease.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Leased {
@@ -375,128 +304,6 @@ pub struct LoadProgress {
     pub done_bytes: u64,
     /// Bytes in all; 0 = unknown.
     pub total_bytes: u64,
-}
-
-/// State of one model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub enum ModelState {
-    /// A loader is at work.
-    Loading,
-    /// Served.
-    Ready,
-    /// The last load failed; the next request tries again.
-    Failed,
-    /// Not loaded; the next request loads it.
-    Unloaded,
-}
-
-/// One model in a [`StatusReport`].
-#[derive(Debug, Clone, PartialEq, Encode, Decode)]
-pub struct ModelReport {
-    /// Canonical id.
-    pub model_id: String,
-    /// State.
-    pub state: ModelState,
-    /// Its description once it has been loaded.
-    pub description: Option<ModelDescription>,
-    /// Duration of the load in µs, from request to ready.
-    pub load_us: u64,
-    /// Leases held now.
-    pub leases: u32,
-    /// Processes that hold them.
-    pub lease_pids: Vec<u32>,
-    /// Times it was loaded in this broker's life.
-    pub loads: u32,
-    /// Time since the last lease was granted or released, in µs.
-    pub idle_us: u64,
-    /// Why the last load failed.
-    pub error: Option<String>,
-    /// State of its vector cache, where it has one.
-    pub cache: Option<CacheReport>,
-    /// Everything else.
-    pub detail: ModelDetail,
-}
-
-/// One engine in a [`StatusReport`].
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct EngineReport {
-    /// Process; 0 while it is being replaced.
-    pub pid: u32,
-    /// Incarnation: 1 for the first.
-    pub incarnation: u64,
-    /// Times it was replaced.
-    pub restarts: u64,
-    /// Lanes it serves.
-    pub lanes: u32,
-    /// Compute threads.
-    pub threads: u32,
-    /// Totals of this incarnation.
-    pub totals: EngineTotals,
-}
-
-/// Counters of an engine.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
-pub struct EngineTotals {
-    /// Jobs answered.
-    pub jobs: u64,
-    /// Texts computed.
-    pub texts: u64,
-    /// Tokens computed, special tokens counted.
-    pub tokens: u64,
-    /// Jobs answered with an error.
-    pub errors: u64,
-    /// Jobs waiting now.
-    pub queued_jobs: u32,
-}
-
-/// One session in a [`StatusReport`].
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct SessionReport {
-    /// The session.
-    pub session_id: u64,
-    /// Its process.
-    pub pid: u32,
-    /// What it calls itself.
-    pub client_name: String,
-    /// Leases it holds.
-    pub leases: u32,
-    /// Lanes it has.
-    pub lanes: u32,
-    /// Jobs in flight on the socket.
-    pub socket_jobs: u32,
-    /// Time since it connected, in µs.
-    pub age_us: u64,
-}
-
-/// The state of everything.
-#[derive(Debug, Clone, PartialEq, Encode, Decode)]
-pub struct StatusReport {
-    /// The broker's version.
-    pub version: String,
-    /// Its process.
-    pub broker_pid: u32,
-    /// Its incarnation.
-    pub boot_id: u64,
-    /// Time since it started, in µs.
-    pub uptime_us: u64,
-    /// Model given to clients that name none.
-    pub default_model: String,
-    /// Models.
-    pub models: Vec<ModelReport>,
-    /// Engines.
-    pub engines: Vec<EngineReport>,
-    /// Sessions, the asking one included.
-    pub sessions: Vec<SessionReport>,
-    /// Sessions ended by a fault of their client, in this broker's life.
-    pub faults: u64,
-    /// Open descriptors of the broker, for leak checks.
-    pub open_descriptors: u32,
-    /// Models that clients' processes provide.
-    pub provided: Vec<ProvidedReport>,
-    /// What was measured.
-    pub metrics: Metrics,
-    /// What has got worse.
-    pub alerts: Vec<Alert>,
 }
 
 /// From the broker to an engine.

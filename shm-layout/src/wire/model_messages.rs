@@ -1,7 +1,8 @@
 //! What the messages say about the life of models: orders of clients, what became of them, and what a report tells of a
 //! model and of the whole. Plain data; the order of variants and fields is the encoding: append, never reorder.
 
-use super::messages::{BackingKind, ModelDescription};
+use super::backing_kind::BackingKind;
+use super::messages::ModelDescription;
 use super::{Decode, Encode};
 use crate::code::Code;
 
@@ -301,10 +302,6 @@ pub struct MemoryReport {
     pub budget_bytes: Option<u64>,
     /// What the system or the control group has left; `None` = it cannot be read.
     pub available_bytes: Option<u64>,
-    /// Proportional share (PSS) of broker and engine; `None` = it cannot be read.
-    pub broker_pss_bytes: Option<u64>,
-    /// Proportional share (PSS) of the engine; `None` = it cannot be read, as usual unless the engine is inspectable.
-    pub engine_pss_bytes: Option<u64>,
 }
 
 /// What the broker measured in its life.

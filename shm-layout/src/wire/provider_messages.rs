@@ -31,7 +31,7 @@ pub struct Provide {
     pub output_kind: String,
     /// Names what computes: providers of one id must agree in it, and another value is another model.
     pub fingerprint: u64,
-    /// What it can be asked; each once, at least one, without `EmbedFresh`, which comes as `Embed`.
+    /// What it can be asked: `Call`, `Embed` (also asked for as `EmbedFresh`) and `Tokenize`; each once, at least one.
     pub operations: Vec<Operation>,
     /// Numbers in a vector where `Embed` is among the operations, else 0.
     pub output_dim: u32,

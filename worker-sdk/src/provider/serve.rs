@@ -218,7 +218,9 @@ where
             }
         }
         let outcome = outcome.and_then(|()| Reader::new(shared, settings, offer)?.run(first));
-        *shared.line() = Line { epoch: shared.line().epoch + 1, link: None, failed: false };
+        let mut line = shared.line();
+        *line = Line { epoch: line.epoch + 1, link: None, failed: false };
+        drop(line);
         let mut work = shared.work();
         work.ended = true;
         give_up_all(&mut work);

@@ -28,7 +28,7 @@ impl Seat {
                 Ok(link) => break link,
                 // A broker that was there and went away: the next one may be up at once.
                 Err(SdkError::Disconnected { .. } | SdkError::Refused { code: Code::ShuttingDown, .. })
-                    if started.elapsed() < self.core.settings.patience() =>
+                    if started.elapsed() < self.core.settings.patience() && !deadline.has_passed() =>
                 {
                     std::thread::sleep(backoff(attempts, RECONNECT_BASE, RECONNECT_CAP));
                     attempts += 1;

@@ -8,43 +8,69 @@ use shm_os::process::monotonic_ns;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// Shortest time between two looks for news of the broker. A look costs one system call.
+/// Shortest time between two looks for news of the broker, where there is no cache to tell. A look costs one system call.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
-/// Longest wait for the new lease: the new generation is loaded and served when sessions are told of it.
+/// Longest wait for the new lease: the new generation is loaded and served when it is told of.
 const RENEW_WAIT: Duration = Duration::from_secs(2);
 /// Pause before a renewal is tried again that failed. The old generation serves meanwhile.
 const RENEW_PAUSE: Duration = Duration::from_secs(1);
 
+/// What is known of the generation that is leased.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum News {
+    /// It is the present one, or it is too early to look.
+    None,
+    /// It was replaced: its cache says so.
+    Superseded,
+    /// The session is to be asked.
+    Look,
+}
+
 impl Seat {
-    /// Whether it is time to look for news; true for one of several callers.
-    fn look_is_due(&self) -> bool {
+    /// A cache tells by itself, in shared memory. Without one the session is looked at now and then, by one of the callers.
+    fn news(&self) -> News {
+        let told = match self.cache() {
+            Some(cache) if !cache.is_superseded() => return News::None,
+            Some(_) => News::Superseded,
+            None => News::Look,
+        };
         let (now_ns, due_ns) = (monotonic_ns(), self.look_due_ns.load(Ordering::Relaxed));
         let next_ns = now_ns.saturating_add(LOOK_INTERVAL.as_nanos() as u64);
-        now_ns >= due_ns
+        let is_ours = now_ns >= due_ns
             && self
                 .look_due_ns
                 .compare_exchange(due_ns, next_ns, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
+                .is_ok();
+        if is_ours { told } else { News::None }
     }
 
-    /// Takes up the new generation if the broker has told of one. Costs a look at the clock where nothing is due.
+    /// Takes up the new generation if there is one. Costs one load where a cache says that there is none.
     pub(crate) fn freshen(&self) {
-        if self.look_is_due() {
+        let news = self.news();
+        if news != News::None {
             let state = self.lock();
-            let state = self.renew(state);
+            let state = self.renew(state, news);
             self.leave(state);
         }
     }
 
     /// As [`Seat::freshen`], for the thread that leads.
     pub(super) fn freshen_leading<'a>(&'a self, state: Guard<'a>) -> Guard<'a> {
-        if self.look_is_due() { self.renew(state) } else { state }
+        match self.news() {
+            News::None => state,
+            news => self.renew(state, news),
+        }
     }
 
-    fn renew<'a>(&'a self, mut state: Guard<'a>) -> Guard<'a> {
+    fn renew<'a>(&'a self, mut state: Guard<'a>, news: News) -> Guard<'a> {
         let Some(link) = &state.link else { return state };
         let session = std::sync::Arc::clone(&link.session);
-        if !session.check_alive() || !link.is_superseded() || self.renewing.swap(true, Ordering::Acquire) {
+        let is_replaced = match news {
+            News::None => false,
+            News::Superseded => session.is_alive(),
+            News::Look => session.check_alive() && link.is_superseded(),
+        };
+        if !is_replaced || self.renewing.swap(true, Ordering::Acquire) {
             return state;
         }
         let number = link.number;

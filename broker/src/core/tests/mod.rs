@@ -1,5 +1,7 @@
 //! A world around a core, without processes: it does what the core says, and remembers what clients were told.
 
+mod lifecycle;
+mod devices;
 mod provided;
 mod random;
 mod reconfigure;
@@ -19,19 +21,25 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 const UID: u32 = 7;
 const MS: u64 = 1_000_000;
 
-fn core_with(limits: Limits) -> Core {
-    let config = CoreConfig {
+/// Models stay for ever, as many as there are.
+fn no_bounds() -> Policy {
+    Policy {
+        unload_after: Duration::ZERO,
+        max_shared_models: 0,
+        memory_budget_bytes: None,
+        log_model_usage: true,
+    }
+}
+
+fn config_with(limits: Limits, policy: Policy) -> CoreConfig {
+    CoreConfig {
         default_model: "default".into(),
         limits,
-        policy: Policy {
-            unload_after: Duration::ZERO,
-            max_shared_models: 0,
-            memory_budget_bytes: None,
-            log_model_usage: true,
-        },
+        policy,
         models: Vec::new(),
         preload: Vec::new(),
         idle_exit: None,
+        memory_monitoring: true,
         allow_other_users: false,
         caches: true,
         engine_saves: false,
@@ -39,8 +47,7 @@ fn core_with(limits: Limits) -> Core {
         own_uid: UID,
         boot_id: 1,
         broker_pid: 1,
-    };
-    Core::new(config, 0)
+    }
 }
 
 fn facts(model_id: &str) -> ImageFacts {
@@ -138,8 +145,22 @@ struct World {
 
 impl World {
     fn new(limits: Limits) -> World {
+        World::with(limits, no_bounds())
+    }
+
+    fn with(limits: Limits, policy: Policy) -> World {
+        World::with_models(limits, policy, Vec::new(), Vec::new())
+    }
+
+    fn with_models(
+        limits: Limits,
+        policy: Policy,
+        models: Vec<ModelSettings>,
+        preload: Vec<String>,
+    ) -> World {
+        let config = CoreConfig { models, preload, ..config_with(limits, policy) };
         let mut world = World {
-            core: core_with(limits),
+            core: Core::new(config, 0),
             now_ns: 1,
             events: VecDeque::new(),
             told: BTreeMap::new(),
@@ -231,10 +252,14 @@ impl World {
             }
             Action::MakeCache { generation, .. } => {
                 assert!(self.images.contains(&generation));
-                let made = !self.caches_fail && self.caches.insert(generation);
+                let made = !self.caches_fail;
+                if made {
+                    self.caches.insert(generation);
+                }
                 let cache = made.then_some(CacheDescription { region_bytes: 4096 });
                 self.events.push_back(Event::CacheMade { generation, cache });
             }
+            Action::SupersedeCache { generation, by } => assert!(by > generation, "replaced by an older one"),
             Action::FillCache { generation, bulk, keys, .. } => {
                 assert!(self.caches.contains(&generation), "filled a cache that is gone");
                 self.filled.push((generation, bulk, keys.len()));

@@ -2,6 +2,7 @@
 
 use super::*;
 use proptest::prelude::*;
+use shm_layout::wire::{LoadProgress, ModelCommand, UnloadMode};
 
 /// One step of the random world.
 #[derive(Debug, Clone)]
@@ -24,6 +25,9 @@ enum Step {
     Time(u64),
     EngineStarts(bool),
     LanesFail(bool),
+    Order(usize, u8, u8),
+    LoaderSays(u64, u64),
+    MemoryLeft(Option<u64>),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -47,6 +51,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => (1u64..20_000).prop_map(Step::Time),
         1 => any::<bool>().prop_map(Step::EngineStarts),
         1 => any::<bool>().prop_map(Step::LanesFail),
+        8 => (0usize..8, 0u8..4, 0u8..7).prop_map(|(s, m, order)| Step::Order(s, m, order)),
+        2 => (0u64..20_000, 0u64..20_000).prop_map(|(done, total)| Step::LoaderSays(done, total)),
+        1 => prop::option::of(0u64..20_000).prop_map(Step::MemoryLeft),
     ];
     prop::collection::vec(step, 0..250)
 }
@@ -137,6 +144,30 @@ impl World {
                 self.now_ns += us * 1000;
                 self.happens(Event::Tick);
             }
+            Step::Order(s, model, order) => {
+                let Some(session) = self.pick(s) else { return };
+                let model = ["", "a", "b", "c"][model as usize].to_owned();
+                let command = match order {
+                    0 => ModelCommand::Load { model, wait_ms: 3 },
+                    1 => ModelCommand::Load { model, wait_ms: 5000 },
+                    2 => ModelCommand::Reload { model, wait_ms: 5000 },
+                    3 => ModelCommand::Health { model, wait_ms: 5000 },
+                    4 => ModelCommand::Unload { model, mode: UnloadMode::IfIdle },
+                    5 => ModelCommand::Unload { model, mode: UnloadMode::WhenIdle },
+                    _ => ModelCommand::Unload { model, mode: UnloadMode::Force },
+                };
+                let request = self.asks(session, ClientMessage::Model(command));
+                ledger.owed.entry(session).or_default().push(request);
+            }
+            Step::LoaderSays(done_bytes, total_bytes) => {
+                let Some(load_id) = self.loaders.keys().next().copied() else { return };
+                let progress = LoadProgress { stage: "copy".into(), done_bytes, total_bytes };
+                self.happens(Event::LoaderProgress { load_id, progress });
+            }
+            Step::MemoryLeft(bytes) => {
+                self.available_bytes = bytes;
+                self.cached = self.caches.iter().map(|generation| (*generation, 100)).collect();
+            }
             Step::EngineStarts(starts) => self.engine_starts = starts,
             Step::LanesFail(fail) => self.lanes_fail = fail,
         }
@@ -178,7 +209,14 @@ impl World {
 
 proptest! {
     #[test]
-    fn every_request_is_answered_once_and_nothing_is_kept(steps in steps(), drains in any::<bool>()) {
+    fn every_request_is_answered_once_and_nothing_is_kept(
+        steps in steps(),
+        drains in any::<bool>(),
+        unload_after_ms in prop_oneof![Just(0u64), Just(20)],
+        max_shared_models in 0usize..3,
+        memory_budget_bytes in prop::option::of(4096u64..16_384),
+        preloads in any::<bool>(),
+    ) {
         let limits = Limits {
             max_sessions: 6,
             max_leases_per_session: 4,
@@ -187,13 +225,25 @@ proptest! {
             max_session_jobs: 6,
             max_jobs: 10,
             engine_free_restarts: 9,
+            memory_reserve_bytes: 100,
             ..Limits::default()
         };
-        let mut world = World::new(limits);
+        let unload_after = Duration::from_millis(unload_after_ms);
+        let policy = Policy { unload_after, max_shared_models, memory_budget_bytes, log_model_usage: true };
+        let preload = if preloads { vec!["a".to_owned()] } else { vec![] };
+        let mut world = World::with_models(limits, policy, vec![], preload);
         let mut ledger = Ledger::default();
         for step in steps {
             world.step(step, &mut ledger);
             prop_assert!(world.lanes.len() <= 5);
+            let core = &world.core;
+            prop_assert!(max_shared_models == 0 || core.models.occupied() <= max_shared_models.max(1));
+            for (_, lease) in core.leases.iter() {
+                prop_assert!(world.images.contains(&lease.generation), "a leased generation left");
+            }
+            for (id, entry) in &core.models.entries {
+                prop_assert!(entry.reload.is_none() || entry.generation().is_some(), "model {id} reloads nothing");
+            }
         }
         world.check_answers(&ledger, false)?;
         if drains {
@@ -212,6 +262,9 @@ proptest! {
         let core = &world.core;
         prop_assert_eq!((core.leases.len(), core.lanes.len(), core.relay.len(), core.sessions.len()), (0, 0, 0, 0));
         prop_assert!(world.lanes.is_empty() && world.offered.is_empty() && world.loaders.is_empty());
+        prop_assert!(core.going.is_empty() && core.unload_orders.is_empty());
+        prop_assert!(core.models.entries.values().all(|e| !e.is_waited_for() && !e.is_reloading()));
+        prop_assert!(unload_after_ms == 0 || preloads || world.images.is_empty(), "idle models stay");
         let current = core.models.images.keys().all(|generation| core.models.is_current(*generation));
         prop_assert!(current, "an image that nobody can get is kept");
         prop_assert_eq!(world.images.len(), core.models.images.len());
