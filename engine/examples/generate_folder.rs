@@ -52,15 +52,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let first = started.elapsed();
     let before: usize = answers.iter().map(Generation::output_tokens).sum();
-    let started = Instant::now();
+    let (started, busy) = (Instant::now(), busy_seconds());
     while answers.iter().any(|answer| !answer.is_done()) {
         generator.step(&mut answers.iter_mut().collect::<Vec<_>>())?;
     }
     let after: usize = answers.iter().map(Generation::output_tokens).sum();
     let rate = (after - before) as f64 / started.elapsed().as_secs_f64();
+    let busy = (after - before) as f64 / (busy_seconds() - busy).max(1e-9);
     println!(
-        "{} batch {batch}: prompts of {prompt_tokens} tokens in {first:.2?}, then {rate:.1} tokens/s",
+        "{} batch {batch}: prompts of {prompt_tokens} tokens in {first:.2?}, then {rate:.1} tokens/s, {busy:.1} for each second that this thread ran",
         precision.name()
     );
     Ok(())
+}
+
+/// Seconds that this thread was running, for machines that do other things too; all of the work with one thread.
+fn busy_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let first = stat.split(' ').next().and_then(|nanoseconds| nanoseconds.parse::<f64>().ok());
+    first.unwrap_or_default() / 1e9
 }
