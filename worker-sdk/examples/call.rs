@@ -19,6 +19,10 @@ fn main() -> Result<(), SdkError> {
     }
     print!("{}", String::from_utf8_lossy(&answer));
     times.sort_unstable();
-    eprintln!("{calls} calls, half of them within {:?}, 99 % within {:?}", times[calls / 2], times[calls * 99 / 100]);
+    eprintln!(
+        "{calls} calls, half of them within {:?}, 99 % within {:?}",
+        times[calls / 2],
+        times[calls * 99 / 100]
+    );
     Ok(())
 }
