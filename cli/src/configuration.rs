@@ -106,7 +106,7 @@ impl CommandLine {
         if let Some((path, must_exist)) = self.file() {
             match ConfigFile::read(&path, must_exist) {
                 Ok(file) => sources.file = file,
-                Err(problem) => sources.unreadable = Some(problem),
+                Err(problem) => sources.unreadable = Some(*problem),
             }
         }
         resolve(&sources)

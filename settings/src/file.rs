@@ -53,8 +53,8 @@ impl ConfigFile {
     ///
     /// # Errors
     /// [`Problem`] when it cannot be read, is no regular file, is too large, or is not UTF-8.
-    pub fn read(path: &Path, must_exist: bool) -> Result<Option<ConfigFile>, Problem> {
-        let failed = |line, reason: String| Problem::of_file(path.to_path_buf(), line, reason);
+    pub fn read(path: &Path, must_exist: bool) -> Result<Option<ConfigFile>, Box<Problem>> {
+        let failed = |line, reason: String| Box::new(Problem::of_file(path.to_path_buf(), line, reason));
         // Looked at before it is opened: opening a pipe would wait for its writer.
         match std::fs::metadata(path) {
             Ok(state) if state.is_file() => {}

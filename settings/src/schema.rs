@@ -13,10 +13,10 @@ pub fn schema() -> Json {
     let mut groups: Map<String, Json> = Map::new();
     for spec in table() {
         let one = property(spec);
-        if let Some((group, key)) = spec.key.split_once('.') {
-            if let Json::Object(of_group) = groups.entry(group).or_insert_with(|| json!({})) {
-                of_group.insert(key.to_owned(), one.clone());
-            }
+        if let Some((group, key)) = spec.key.split_once('.')
+            && let Json::Object(of_group) = groups.entry(group).or_insert_with(|| json!({}))
+        {
+            of_group.insert(key.to_owned(), one.clone());
         }
         properties.insert(spec.key.to_owned(), one);
     }

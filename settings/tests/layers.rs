@@ -126,9 +126,12 @@ fn a_new_model_has_the_models_defaults() {
     assert_eq!(all.settings().models.len(), 3);
 }
 
+/// A file, an environment, flags, and what is said of them.
+type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a [(&'a str, &'a str, &'a str)], &'a str);
+
 #[test]
 fn every_kind_of_problem_names_key_value_reason_origin_and_the_nearest() {
-    let cases: &[(&str, &[(&str, &str)], &[(&str, &str, &str)], &str)] = &[
+    let cases: &[Case<'_>] = &[
         (
             "\n[sharing]\nunload_after = 60\n",
             &[],

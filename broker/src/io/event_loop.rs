@@ -297,9 +297,8 @@ impl EventLoop {
             }
             Some(Token::Hangups) => {
                 // Several that came at once are one: the reading comes after all of them.
-                if (&self.hangups).read(&mut [0; 64]).is_ok_and(|count| count > 0) {
-                    self.events.push_back(Event::ReloadSignal);
-                }
+                let read = (&self.hangups).read(&mut [0; 64]);
+                self.events.extend(read.is_ok_and(|count| count > 0).then_some(Event::ReloadSignal));
             }
             Some(Token::Reloader) => self.reloader_ready(),
             Some(Token::Client(session)) => {
