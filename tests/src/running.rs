@@ -3,6 +3,7 @@
 use crate::program::modelbroker;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use shm_layout::wire::ModelReport;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -146,6 +147,16 @@ impl Broker {
     #[must_use]
     pub fn status(&self) -> StatusReport {
         self.client().status().expect("the broker answers")
+    }
+
+    /// The models that were loaded, or tried; not those that are only configured.
+    ///
+    /// # Panics
+    /// When the broker does not answer.
+    #[must_use]
+    pub fn asked_models(&self) -> Vec<ModelReport> {
+        let asked = |model: &ModelReport| model.loads > 0 || model.error.is_some();
+        self.status().models.into_iter().filter(asked).collect()
     }
 
     /// The engine's process; waits while it is being replaced.

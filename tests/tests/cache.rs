@@ -18,7 +18,7 @@ use worker_sdk::{EmbedOptions, Embeddings, Model, Route};
 const CACHED: &[&str] = &["--cache-entries", "1000"];
 
 fn report(broker: &Broker) -> CacheReport {
-    broker.status().models[0].cache.expect("the model has a cache")
+    broker.asked_models()[0].cache.expect("the model has a cache")
 }
 
 /// Waits until the broker holds so many vectors: it is told of them after the answers.

@@ -6,13 +6,16 @@ use tests::program::{modelbroker, workspace};
 use tests::running::{Broker, assert_ok, run_folder};
 
 /// What each example says when it works.
-const EXAMPLES: [(&str, &str); 5] = [
+const EXAMPLES: [(&str, &str); 6] = [
     ("embed", "dimensions, fingerprint"),
     ("threads", "800 vectors in"),
     ("async", "list 3: 50 vectors"),
     ("attach", "bit for bit the same as the engine's: true"),
     ("fallback", "2 vectors of 32 dimensions from the shared model"),
+    ("call", "en\t"),
 ];
+/// Examples that run until they are stopped: the first is what `call` asks, and both are tested with the providers.
+const PROVIDERS: [&str; 2] = ["provide_language", "provide_similarity"];
 
 /// The built example; built now where `cargo test --workspace` has not.
 fn example(name: &str) -> PathBuf {
@@ -60,13 +63,19 @@ fn every_example_works() {
         .filter_map(|entry| entry.file_name().to_string_lossy().strip_suffix(".rs").map(str::to_owned))
         .collect();
     names.sort();
-    let mut known = EXAMPLES.map(|(name, _)| name.to_owned());
-    known.sort();
+    let mut known: Vec<&str> = EXAMPLES.iter().map(|(name, _)| *name).chain(PROVIDERS).collect();
+    known.sort_unstable();
     assert_eq!(names, known, "each example has its line here");
     let (model, cache) = (tiny_model(), cache());
-    let arguments =
-        ["--model".into(), model.to_string_lossy(), "--cache-dir".into(), cache.to_string_lossy()];
-    let broker = Broker::start(&arguments.each_ref().map(|argument| argument.as_ref()));
+    let provider = format!("custom/language={}", example("provide_language").display());
+    let broker = Broker::start(&[
+        "--model",
+        &model.to_string_lossy(),
+        "--cache-dir",
+        &cache.to_string_lossy(),
+        "--provider",
+        &provider,
+    ]);
     for (name, says) in EXAMPLES {
         let output = run(name, broker.socket(), &[]);
         assert_ok(&output);

@@ -33,9 +33,9 @@ fn ten_threads_and_twenty_processes_are_one_load() {
         let found = row["embedding"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32);
         assert!(found.zip(&in_threads[n % 3]).all(|(a, b)| (a - b).abs() <= 2e-6));
     }
-    let status = broker.status();
-    assert_eq!(status.models.len(), 1);
-    assert_eq!(status.models[0].loads, 1, "one load for thirty askers");
+    let models = broker.asked_models();
+    assert_eq!(models.len(), 1);
+    assert_eq!(models[0].loads, 1, "one load for thirty askers");
     broker.stop();
 }
 

@@ -53,7 +53,7 @@ fn a_name_may_end_in_a_precision() {
             assert_eq!(found, model.embed(&[text]).expect("embedded").values(), "{text:?} differs alone");
         }
     }
-    let names: Vec<String> = broker.status().models.into_iter().map(|model| model.model_id).collect();
+    let names: Vec<String> = broker.asked_models().into_iter().map(|model| model.model_id).collect();
     assert_eq!(names.len(), 3, "{names:?}");
     broker.stop();
 }

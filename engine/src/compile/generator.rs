@@ -381,8 +381,13 @@ pub(super) fn generator_type(config_json: &[u8]) -> Result<bool, ConfigError> {
     struct Kind {
         #[serde(default)]
         model_type: String,
+        #[serde(default)]
+        architectures: Option<Vec<String>>,
     }
     let kind: Kind = serde_json::from_slice(config_json)
         .map_err(|error| ConfigError::Json { reason: shorten(&error.to_string()) })?;
-    Ok(crate::generate::is_generator(&kind.model_type))
+    // A decoder with a classifier's head reads texts as encoders do.
+    let classifies =
+        kind.architectures.iter().flatten().any(|name| name.ends_with("ForSequenceClassification"));
+    Ok(!classifies && crate::generate::is_generator(&kind.model_type))
 }
