@@ -29,7 +29,9 @@ impl Census {
     #[must_use]
     pub fn take(broker: &Broker, client: &Client) -> Option<Census> {
         let status = client.status().ok()?;
-        let engine_pid = status.engines.first().map(|engine| engine.pid).filter(|pid| *pid != 0)?;
+        // One that has not reported itself opens descriptors yet.
+        let engine = status.engines.first().filter(|engine| engine.pid != 0 && engine.threads > 0)?;
+        let engine_pid = engine.pid;
         let broker_pid = broker.pid().as_raw().cast_unsigned();
         Some(Census {
             sessions: count(status.sessions.iter().map(|session| session.client_name.clone())),

@@ -41,7 +41,9 @@ fn a_reranker_gives_the_scores_of_transformers_on_every_route() {
     let folder = stored("tiny/bert_reranker");
     let stored = json(&folder.join("pairs.json"));
     let of = |key: &str| serde_json::from_value::<Vec<String>>(stored[key].clone()).expect("texts");
-    let pairs: Vec<(String, String)> = of("queries").into_iter().zip(of("texts")).collect();
+    let (queries, texts) = (of("queries"), of("texts"));
+    let pairs: Vec<(&str, &str)> =
+        queries.iter().flat_map(|query| texts.iter().map(|text| (query.as_str(), text.as_str()))).collect();
     let expected = numbers(&folder.join("pairs.f32"));
     for route in [Route::Lane, Route::Socket] {
         let model = lease(&broker, &folder, route);
@@ -55,10 +57,10 @@ fn a_reranker_gives_the_scores_of_transformers_on_every_route() {
         }
         // One query with many texts: more than a job takes.
         let (query, _) = &pairs[0];
-        let texts: Vec<&str> = pairs.iter().map(|(_, text)| text.as_str()).cycle().take(150).collect();
+        let texts: Vec<&str> = pairs.iter().map(|(_, text)| *text).cycle().take(150).collect();
         let rows = model.score_pairs(query, &texts, &EmbedOptions::bulk()).expect("scored");
         let alone = |text: &str| model.score_pairs(query, &[text], &EmbedOptions::default()).expect("scored");
-        for (row, text) in rows.rows().zip(&texts).take(pairs.len()) {
+        for (row, text) in rows.rows().zip(&texts).take(texts.len()) {
             assert_eq!(row, alone(text).values(), "a score does not depend on its company");
         }
         let ranked = model.rank(query, &texts).expect("ranked");
@@ -71,7 +73,7 @@ fn a_reranker_gives_the_scores_of_transformers_on_every_route() {
     let output = broker.run(
         &[
             "rank",
-            &pairs[0].0,
+            pairs[0].0,
             "--corpus",
             "-",
             "--input",

@@ -73,7 +73,9 @@ impl Broker {
 
     pub(crate) fn add_lane(&mut self, client: &Client, generation: u64) {
         let fds = vec![client.region.try_clone().unwrap(), client.bell.as_fd().try_clone_to_owned().unwrap()];
-        self.send(&ToEngine::AddLane { lane_id: client.lane_id, generation }, fds);
+        let message = ToEngine::AddLane { lane_id: client.lane_id, generation };
+        // An engine may have died of what an earlier lane holds.
+        let _ = self.stream.send(0, &message, fds, LONG);
     }
 
     pub(crate) fn drop_lane(&mut self, lane_id: u64) {
