@@ -89,7 +89,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         let image = image_file(broker_folder.path(), image_bytes)?;
         let image = image.to_str().context("the image's name is not UTF-8")?;
         let ours = private_copies("ours, weights in memory of its own", image_bytes, || {
-            Worker::start(Mode::Private, Path::new(""), image, TEXTS)
+            Worker::start(Mode::Private, Path::new("no-broker"), image, TEXTS)
         })?;
         private.push(ours);
         if let Some(python) = arguments.python.find()? {
