@@ -19,7 +19,7 @@ fn cut(mut label: String) -> String {
     label
 }
 
-/// As [`facts_of`], of the bytes of an image.
+/// What the model in the bytes of an image is for.
 ///
 /// # Errors
 /// What is wrong with the image, in words.

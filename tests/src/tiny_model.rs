@@ -19,7 +19,7 @@ pub fn write(folder: &Path, seed: u64) {
     write_padded(folder, seed, 0);
 }
 
-/// As [`write`], with so many more rows in the word table, which makes the image larger and changes nothing else.
+/// As `write`, with so many more rows in the word table, which makes the image larger and changes nothing else.
 ///
 /// # Panics
 /// When it cannot be written.
