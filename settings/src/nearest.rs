@@ -22,6 +22,9 @@ fn last_part(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or(name)
 }
 
+/// Shortest last part of a key, in bytes, that is taken for the beginning of another.
+const MIN_BEGUN_BYTES: usize = 4;
+
 /// The candidate that is nearest to `wrong`, if any is near enough to be meant: at most half of its characters differ, or
 /// its last part is nearly the same. Upper and lower case do not differ.
 pub(crate) fn nearest<'a>(wrong: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
@@ -31,7 +34,11 @@ pub(crate) fn nearest<'a>(wrong: &str, candidates: impl IntoIterator<Item = &'a 
     let wrong = wrong.to_ascii_lowercase();
     let cost = |candidate: &str| {
         let candidate = candidate.to_ascii_lowercase();
-        let whole = distance(wrong.as_bytes(), candidate.as_bytes());
+        // A key that was broken off costs one, beside the typing errors in what is there of it.
+        let is_begun = wrong.contains('.') && last_part(&wrong).len() >= MIN_BEGUN_BYTES;
+        let begun = candidate.as_bytes().get(..wrong.len()).filter(|_| is_begun);
+        let begun = begun.map_or(usize::MAX, |begun| distance(wrong.as_bytes(), begun) + 1);
+        let whole = distance(wrong.as_bytes(), candidate.as_bytes()).min(begun);
         let (part, meant) = (last_part(&wrong), last_part(&candidate));
         let last = distance(part.as_bytes(), meant.as_bytes());
         // A right last part in the wrong place costs as much as two typing errors.
@@ -49,6 +56,14 @@ pub(crate) fn nearest<'a>(wrong: &str, candidates: impl IntoIterator<Item = &'a 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_that_were_broken_off_are_found() {
+        let keys = ["sharing.enabled", "sharing.unload_after_seconds", "sharing.max_shared_models"];
+        assert_eq!(nearest("sharing.unload_afer", keys), Some("sharing.unload_after_seconds"));
+        assert_eq!(nearest("sharing.enable", keys), Some("sharing.enabled"));
+        assert_eq!(nearest("sharing.max_models", keys), Some("sharing.max_shared_models"));
+    }
 
     #[test]
     fn distances_are_edits() {
