@@ -286,3 +286,20 @@ fn prompts_and_dimensions_are_those_of_sentence_transformers() {
     assert_eq!(found["results"].as_array().expect("rows").len(), 3);
     broker.stop();
 }
+
+#[test]
+fn the_configured_summarizer_brings_its_lengths() {
+    let folder = format!("models.t5_summarizer.local_path={}", stored("tiny_generators/t5_gated").display());
+    let broker = Broker::start(&["--set", &folder]);
+    let tokens = |more: &[&str]| {
+        let mut arguments = vec!["--set", &folder, "--set", "models.t5_summarizer.max_output_length=5"];
+        arguments.extend(["summarize", "--json"]);
+        arguments.extend(more);
+        let output = broker.run(&arguments, b"The quick brown fox jumps over the lazy dog.");
+        assert_ok(&output);
+        serde_json::from_slice::<Value>(&output.stdout).expect("JSON")["output_tokens"].as_u64()
+    };
+    assert_eq!(tokens(&[]), Some(5), "as it is configured");
+    assert_eq!(tokens(&["--max-output-length", "3"]), Some(3), "what is asked for goes before");
+    broker.stop();
+}

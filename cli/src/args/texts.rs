@@ -6,18 +6,18 @@ use std::path::PathBuf;
 
 #[derive(Debug, Args)]
 pub(crate) struct SummarizeArgs {
-    /// Model id or folder of a text-to-text model
+    /// Model id or folder of a text-to-text model; the id of a configured one takes its settings too
     #[arg(long, value_name = "ID", default_value = "t5_summarizer")]
     pub(crate) model: String,
-    /// Longest input in tokens; longer ones are cut
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub(crate) max_input_length: u32,
-    /// Longest summary in tokens
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub(crate) max_output_length: u32,
-    /// Beams of the search
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub(crate) num_beams: u32,
+    /// Longest input in tokens, longer ones are cut [default: what is configured for the model, else 512]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_input_length: Option<u32>,
+    /// Longest summary in tokens [default: what is configured for the model, else 128]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_output_length: Option<u32>,
+    /// Beams of the search [default: what is configured for the model, else 4]
+    #[arg(long, value_name = "N")]
+    pub(crate) num_beams: Option<u32>,
     /// Longest wait for the answer, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub(crate) timeout: u64,

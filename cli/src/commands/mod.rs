@@ -75,7 +75,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Models(args) => control::models(socket, &args),
         Command::Model(args) => model::run(socket, &args),
         Command::Embed(args) => embed::run(socket, args),
-        Command::Summarize(args) => texts::summarize(socket, &args),
+        Command::Summarize(args) => texts::summarize(socket, &args, line.load()?.settings()),
         Command::Generate(args) => texts::generate(socket, &args),
         Command::Similar(args) => texts::similar(socket, &args),
         Command::Rank(args) => texts::rank(socket, &args),

@@ -7,6 +7,7 @@ use crate::args::{
 };
 use crate::failure::{Exit, Failure};
 use serde_json::{Value, json};
+use settings::Settings;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::path::PathBuf;
@@ -78,14 +79,32 @@ fn read_corpus(reader: impl io::BufRead, format: InputFormat) -> Result<Vec<Stri
 }
 
 /// `summarize`: a text to a shorter one.
-pub(super) fn summarize(socket: Option<PathBuf>, args: &SummarizeArgs) -> Result<(), Failure> {
+pub(super) fn summarize(
+    socket: Option<PathBuf>,
+    args: &SummarizeArgs,
+    settings: &Settings,
+) -> Result<(), Failure> {
     let text = text_of(args.text.as_deref())?;
+    let configured = settings.models.iter().find(|model| model.id == args.model);
+    let usual = SummaryOptions::default();
+    let choose = |asked: Option<u32>, of: fn(&settings::Model) -> usize, usual: u32| {
+        let configured = configured.map(|model| u32::try_from(of(model)).unwrap_or(u32::MAX));
+        asked.or(configured).unwrap_or(usual)
+    };
     let model = model(socket, "summarize", &args.model, RouteArg::Socket)?;
     let options = SummaryOptions {
-        max_input_tokens: args.max_input_length,
-        max_output_tokens: args.max_output_length,
-        num_beams: args.num_beams,
-        ..SummaryOptions::default()
+        max_input_tokens: choose(
+            args.max_input_length,
+            |model| model.max_input_tokens,
+            usual.max_input_tokens,
+        ),
+        max_output_tokens: choose(
+            args.max_output_length,
+            |model| model.max_output_tokens,
+            usual.max_output_tokens,
+        ),
+        num_beams: choose(args.num_beams, |model| model.num_beams, usual.num_beams),
+        ..usual
     };
     let call = CallOptions::default().timeout(Duration::from_secs(args.timeout));
     let answer = model.summarize(&text, &options, &call)?;
